@@ -1,0 +1,1 @@
+"""Datasets: indexing, augmentation, loaders and the pseudo-label store."""

@@ -1,0 +1,1 @@
+"""The CoSA network, standalone segmentation networks and checkpoints."""

@@ -1,0 +1,1 @@
+"""Fused losses and pseudo-label operations for training from class activation maps."""

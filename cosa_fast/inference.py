@@ -1,0 +1,147 @@
+"""Trained networks on whole images: CAMs and segmentation over scales and mirror images (release; fidelity 1.6)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from cosa_kernels import merge_cams
+from torch import Tensor
+
+from cosa_fast.models.cosa import CosaNet
+from cosa_fast.models.multi_scale import MultiScale, multi_scale
+from cosa_fast.models.segmenter import Segmenter
+from cosa_fast.runtime import Runtime
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What CoSA's network says of a batch of square images of side S."""
+
+    cams: Tensor
+    """(B, C, S, S) float32 merged CAMs in [0, 1]; zero for classes that are not in the image-level labels."""
+    seg: Tensor
+    """(B, C + 1, S, S) float32 segmentation logits added over scales and mirror images; channel 0 is background."""
+
+
+@torch.inference_mode()
+def predict(
+    net: CosaNet, images: Tensor, class_labels: Tensor, scales: Sequence[float], flip: bool, runtime: Runtime
+) -> Prediction:
+    """Run CoSA's network on (B, 3, S, S) normalised images with their (B, C) image-level labels.
+
+    The labels only mask and normalise the CAMs; the segmentation logits know nothing of them.
+    """
+    size = (images.shape[-2], images.shape[-1])
+    with runtime.autocast():
+        views = multi_scale(net, images, scales, flip)
+    views = MultiScale(*(tuple(view.float() for view in getattr(views, name)) for name in MultiScale.__slots__))
+    return Prediction(
+        cams=merge_cams(views.cams, views.mirrored_cams, class_labels=class_labels, size=size),
+        seg=views.summed_seg(size),
+    )
+
+
+@torch.inference_mode()
+def predict_segmenter(net: Segmenter, images: Tensor, scales: Sequence[float], flip: bool, runtime: Runtime) -> Tensor:
+    """(B, K, H, W) float32 class probabilities of CoSA-MS, added over scales and mirror images, at the images' size."""
+    size = images.shape[-2:]
+    total = torch.zeros((), device=images.device)
+    for scale in scales:
+        scaled = images
+        if scale != 1.0:
+            scaled_size = [max(1, round(side * scale)) for side in size]
+            scaled = F.interpolate(images, size=scaled_size, mode="bilinear", align_corners=False)
+        with runtime.autocast():
+            logits = net(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled).float()
+        for view in [logits[: len(images)], logits[len(images) :].flip(-1)] if flip else [logits]:
+            total = total + F.interpolate(view, size=size, mode="bilinear", align_corners=False).softmax(dim=1)
+    return total
+
+
+def label_maps(scores: Tensor, size: tuple[int, int], present: Tensor) -> tuple[Tensor, Tensor]:
+    """The predictions for one image, without and with its image-level labels.
+
+    Args:
+        scores: (C + 1, h, w) logits or probabilities, channel 0 the background.
+        size: (H, W) of the image.
+        present: (C,) 1 for the classes in the image-level labels.
+
+    Returns:
+        label-free and label-filtered (H, W) uint8 maps. The filtered one, which is what the paper's 76.2 measures,
+        chooses among the background and the present classes only.
+    """
+    full = scores[None]
+    if tuple(scores.shape[-2:]) != tuple(size):
+        full = F.interpolate(full, size=size, mode="bilinear", align_corners=False)
+    absent = F.pad(present == 0, (1, 0), value=False)
+    filtered = full.masked_fill(absent[None, :, None, None], float("-inf"))
+    return full[0].argmax(dim=0).to(torch.uint8), filtered[0].argmax(dim=0).to(torch.uint8)
+
+
+def read_rgb(path: Path) -> PIL.Image.Image:
+    """Decode an image to RGB.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        with PIL.Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken files
+        raise ValueError(
+            f"cannot read the image {path} ({error}): restore it, or run `cosa-fast index` again"
+        ) from None
+
+
+def to_tensor(image: PIL.Image.Image) -> Tensor:
+    """(3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def square(image: PIL.Image.Image, size: int) -> Tensor:
+    """(3, size, size) uint8, resized bilinearly without keeping the aspect ratio, as the release evaluates."""
+    return to_tensor(image.resize((size, size), PIL.Image.Resampling.BILINEAR))
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:
+    """(B, 3, H, W) uint8 to float32 on `device` with the given channel means and deviations (in [0, 1])."""
+    centre, spread = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+    return (images.to(device, non_blocking=True).float() / 255 - centre) / spread
+
+
+def prefetch(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:
+    """`map(function, items)` in order, computed by `threads` threads at most `ahead` items early.
+
+    Threads rather than processes: decoding and resizing leave Python's lock, and an error stays the error it is.
+    """
+    pool = ThreadPoolExecutor(threads)
+    pending: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def chunks(items: Iterable[Item], count: int) -> Iterator[list[Item]]:
+    """Lists of `count` consecutive items, the last one shorter."""
+    source = iter(items)
+    while chunk := list(islice(source, count)):
+        yield chunk

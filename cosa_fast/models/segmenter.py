@@ -1,0 +1,219 @@
+"""The standalone segmentation network of CoSA-MS (paper Sec. 4.2), any of segmentation-models-pytorch's."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from cosa_fast.config import MultistageConfig
+from cosa_fast.files import sha256
+from cosa_fast.models.checkpoint import load_safetensors, save_safetensors
+
+ARCHITECTURES = {kind.__name__: kind for kind in smp.MODEL_ARCHITECTURES_MAPPING.values()}
+# The authors' (commented-out) DeepLab: output stride 16 and its rates, which smp doubles by default.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "DeepLabV3Plus": {"encoder_output_stride": 16, "decoder_atrous_rates": (6, 12, 18)},
+}
+Channels = tuple[float, float, float]
+
+
+class Segmenter(nn.Module):
+    """A segmentation network that takes images of any size."""
+
+    def __init__(self, net: nn.Module, stride: int) -> None:
+        super().__init__()
+        self.net = net
+        self.stride = stride
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised images to (B, K, H, W) logits; channel 0 is the background."""
+        height, width = images.shape[-2:]
+        # Zero is the mean colour. Right and bottom, so that cropping needs no offset.
+        padded = F.pad(images, (0, -width % self.stride, 0, -height % self.stride))
+        logits: Tensor = self.net(padded)[..., :height, :width]
+        return logits
+
+
+def build_segmenter(config: MultistageConfig, classes: int, *, initialise: bool = True) -> Segmenter:
+    """Create the network with `classes` outputs (background included).
+
+    Args:
+        initialise: Fetch or read the encoder's weights as configured; False when a checkpoint follows.
+
+    Raises:
+        ValueError: no such architecture or encoder, they don't go together, or the weights cannot be had or don't fit.
+    """
+    if config.architecture not in ARCHITECTURES:
+        raise _unknown("multistage.architecture", config.architecture, list(ARCHITECTURES))
+    _check_encoder(config.encoder)
+    fetch = initialise and config.weights is None and config.encoder_weights is not None
+    universal = config.encoder.startswith("tu-")
+    try:
+        net = ARCHITECTURES[config.architecture](
+            encoder_name=config.encoder,
+            encoder_weights=(True if universal else config.encoder_weights) if fetch else None,
+            classes=classes,
+            **OPTIONS.get(config.architecture, {}),
+            **_any_size(config),
+        )
+    except Exception as error:  # of timm, smp, huggingface_hub or the network, in all their kinds
+        reason = str(error).strip("\"'").split("\n")[0]
+        hint = (
+            "set multistage.weights to a local file or multistage.encoder_weights to null"
+            if fetch
+            else "choose another"
+        )
+        raise ValueError(
+            f"cannot make {config.architecture} with the encoder {config.encoder}"
+            f"{' and its pretrained weights' if fetch else ''} ({reason}): {hint}"
+        ) from error
+    if initialise and config.weights is not None:
+        _load_encoder(net.encoder, config)
+    # DPT halves its tokens once more, which smp's own divisibility check overlooks.
+    return Segmenter(net, net.encoder.output_stride * (2 if config.architecture == "DPT" else 1))
+
+
+def normalisation(config: MultistageConfig) -> tuple[Channels, Channels]:
+    """Channel means and standard deviations, in [0, 1], that the encoder's weights were trained with."""
+    if config.encoder.startswith("tu-"):
+        cfg = timm.get_pretrained_cfg(config.encoder.removeprefix("tu-"), allow_unregistered=True)
+        if cfg is not None and cfg.mean and cfg.std:
+            return _channels(cfg.mean), _channels(cfg.std)
+    elif config.encoder_weights is not None and config.weights is None:
+        settings = smp.encoders.get_preprocessing_params(config.encoder, config.encoder_weights)
+        return _channels(settings["mean"]), _channels(settings["std"])
+    return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+
+@dataclass(frozen=True, slots=True)
+class SegmenterCheckpoint:
+    """A trained CoSA-MS network and where it comes from."""
+
+    net: Segmenter
+    """In evaluation mode, on the device asked for."""
+    classes: tuple[str, ...]
+    """Foreground class names; channel c + 1 is class c."""
+    dataset: str
+    config: MultistageConfig
+    mean: Channels
+    std: Channels
+    store: dict[str, Any]
+    """`sha256` of the pseudo-label store and what it says of itself: `checkpoint_sha256`, `threshold`, `split`."""
+    sha256: str
+    """Of the checkpoint file."""
+
+
+def save_segmenter(
+    path: Path, net: Segmenter, *, classes: Sequence[str], dataset: str, config: MultistageConfig, store: dict[str, Any]
+) -> None:
+    """Write the weights and everything needed to use them to a safetensors file, atomically.
+
+    Raises:
+        ValueError: the disk is full or the folder cannot be written.
+    """
+    mean, std = normalisation(config)
+    metadata = {
+        "kind": "segmenter",
+        "classes": list(classes),
+        "dataset": dataset,
+        "config": config.model_dump(mode="json"),
+        "mean": mean,
+        "std": std,
+        "store": store,
+    }
+    save_safetensors(path, net.state_dict(), metadata)
+
+
+def load_segmenter(path: Path, device: torch.device | str = "cpu") -> SegmenterCheckpoint:
+    """Load a CoSA-MS network.
+
+    Raises:
+        ValueError: the file is missing, damaged, or holds something else.
+    """
+    tensors, metadata = load_safetensors(path, device)
+    if metadata.get("kind") != "segmenter":
+        raise ValueError(f"{path} holds a {metadata.get('kind')!r} model: give the output of the `multistage` stage")
+    config = MultistageConfig.model_validate(metadata["config"])
+    net = build_segmenter(config, len(metadata["classes"]) + 1, initialise=False)
+    net.load_state_dict(tensors)
+    return SegmenterCheckpoint(
+        net=net.to(device).eval(),
+        classes=tuple(metadata["classes"]),
+        dataset=metadata["dataset"],
+        config=config,
+        mean=_channels(metadata["mean"]),
+        std=_channels(metadata["std"]),
+        store=metadata["store"],
+        sha256=sha256(path),
+    )
+
+
+def _channels(values: Sequence[float]) -> Channels:
+    red, green, blue = values
+    return red, green, blue
+
+
+def _check_encoder(name: str) -> None:
+    if name.startswith("tu-"):
+        if not timm.is_model(name.removeprefix("tu-").split(".")[0]):
+            raise _unknown("multistage.encoder", name, [f"tu-{model}" for model in timm.list_models()])
+    elif name not in smp.encoders.get_encoder_names():
+        known = smp.encoders.get_encoder_names() + [f"tu-{model}" for model in timm.list_models()]
+        raise _unknown("multistage.encoder", name, known)
+
+
+def _unknown(key: str, name: str, known: Sequence[str]) -> ValueError:
+    lowered = {candidate.lower(): candidate for candidate in known}
+    close = [lowered[match] for match in difflib.get_close_matches(name.lower(), list(lowered), n=4)]
+    listed = ", ".join(close or sorted(known)[:12])
+    return ValueError(f"{key} = {name!r} does not exist; {'close names' if close else 'for example'}: {listed}")
+
+
+def _any_size(config: MultistageConfig) -> dict[str, bool]:
+    """timm's option that frees an encoder from the input size it was made for."""
+    if not config.encoder.startswith("tu-"):
+        return {}
+    cfg = timm.get_pretrained_cfg(config.encoder.removeprefix("tu-"), allow_unregistered=True)
+    if cfg is None or not cfg.fixed_input_size:
+        return {}
+    return {"dynamic_img_size": True} if config.architecture == "DPT" else {"strict_img_size": False}
+
+
+def _load_encoder(encoder: nn.Module, config: MultistageConfig) -> None:
+    """Load timm's or torchvision's classification weights; every tensor of the encoder must be in the file."""
+    path = config.weights
+    try:
+        given = load_file(str(path))
+    except Exception as error:
+        raise ValueError(f"multistage.weights = {path} is not a readable safetensors file: {error}") from None
+    # timm's feature extractors write stages_0 where the classification model has stages.0.
+    given = {_plain(name): tensor for name, tensor in given.items()}
+    wanted = encoder.state_dict()
+    found = {name: given[_plain(name)] for name in wanted if _plain(name) in given}
+    problems = [f"missing {name}" for name in wanted if name not in found]
+    problems += [
+        f"{name} is {tuple(tensor.shape)}, wanted {tuple(wanted[name].shape)}"
+        for name, tensor in found.items()
+        if tensor.shape != wanted[name].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:5])
+        raise ValueError(
+            f"multistage.weights = {path} does not fit {config.encoder} ({len(problems)} problems): {shown}"
+        )
+    encoder.load_state_dict(found)
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix("encoder.").removeprefix("model.").replace(".", "_")

@@ -1,0 +1,170 @@
+"""The `pseudo-labels` stage: what the trained assignment network says of the training images, for CoSA-MS."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from cosa_kernels import cam_pseudo_labels
+from PIL import Image as PilImage
+from torch import Tensor
+from tqdm import tqdm
+
+from cosa_fast import __version__
+from cosa_fast.config import PseudoConfig, RuntimeConfig
+from cosa_fast.data.classes import voc_palette
+from cosa_fast.data.index import Image, Index
+from cosa_fast.data.store import Pixels, PseudoLabel, PseudoLabels, StoreInfo, write_store
+from cosa_fast.files import describe_os_error, require_space
+from cosa_fast.inference import chunks, label_maps, normalise, predict, prefetch, read_rgb, square
+from cosa_fast.models.checkpoint import CosaCheckpoint, load_cosa
+from cosa_fast.runtime import Runtime, resolve
+
+log = logging.getLogger(__name__)
+
+BYTES_PER_PIXEL = 0.5
+"""Of the three arrays, compressed; measured 0.2 to 0.4, mostly the confidence."""
+
+
+def write_pseudo_labels(
+    index: Path, checkpoint: Path, output: Path, *, pseudo: PseudoConfig, runtime: RuntimeConfig, threads: int
+) -> None:
+    """Write CAM pseudo-labels, their confidence and the segmentation of the training images to a Zarr store.
+
+    The labels follow Eq. 3 at the threshold the training ended with; every pixel gets one, as in the paper. What is
+    unsure can be left out later by its confidence (`multistage.min_confidence`).
+
+    Args:
+        index: the dataset index.
+        checkpoint: of the `train` stage.
+        output: the store, a folder; replaced as a whole at the end.
+
+    Raises:
+        ValueError: the checkpoint is of other classes, an image cannot be read, or the disk is full.
+    """
+    machine = resolve(runtime, threads)
+    dataset = Index.load(index)
+    network = load_cosa(checkpoint, "assignment", machine.device)
+    require_same_classes(network, checkpoint, dataset, index)
+    images = dataset.train
+    pixels = sum(image.width * image.height for image in images)
+    require_space(output.parent, int(BYTES_PER_PIXEL * pixels), "the pseudo-label store")
+    log.info(
+        "pseudo-labels of %s %s: %d images, threshold %.3f, %s",
+        dataset.name, dataset.train_split, len(images), network.threshold, machine.device,
+    )  # fmt: skip
+    info = StoreInfo(
+        dataset=dataset.name,
+        synthetic=dataset.synthetic,
+        split=dataset.train_split,
+        classes=dataset.classes,
+        ids=tuple(image.id for image in images),
+        threshold=network.threshold,
+        checkpoint_sha256=network.sha256,
+        iteration=network.iteration,
+        config={**network.config, "pseudo": pseudo.model_dump(mode="json")},
+        versions={
+            "cosa-fast": __version__,
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "timm": version("timm"),
+            "zarr": version("zarr"),
+        },
+    )
+    sizes = [(image.height, image.width) for image in images]
+    write_store(output, info, sizes, _rows(dataset, network, pseudo, machine, threads), pseudo.shard)
+
+
+def require_same_classes(network: CosaCheckpoint, checkpoint: Path, dataset: Index, index: Path) -> None:
+    """Check that a checkpoint was trained for the classes of an index.
+
+    Raises:
+        ValueError: it was not.
+    """
+    if network.classes != dataset.classes:
+        raise ValueError(
+            f"{checkpoint} was trained for the {len(network.classes)} classes of {network.dataset} "
+            f"({', '.join(network.classes[:3])} ...), but {index} has {len(dataset.classes)} "
+            f"({', '.join(dataset.classes[:3])} ...): train on this index"
+        )
+
+
+def _rows(
+    dataset: Index, network: CosaCheckpoint, pseudo: PseudoConfig, machine: Runtime, threads: int
+) -> Iterator[PseudoLabel]:
+    """The rows of the store, image by image."""
+
+    def load(image: Image) -> Tensor:
+        return square(read_rgb(dataset.image_path(image)), pseudo.size)
+
+    images = dataset.train
+    labels = torch.from_numpy(dataset.multi_hot(images)).to(machine.device)
+    squares = prefetch(load, images, threads, ahead=2 * pseudo.batch_size)
+    progress = tqdm(total=len(images), desc="pseudo-labels", unit="image", disable=None)
+    position = 0
+    for batch in chunks(squares, pseudo.batch_size):
+        pixels = normalise(torch.stack(batch), network.mean, network.std, machine.device)
+        present = labels[position : position + len(batch)]
+        prediction = predict(network.net, pixels, present, pseudo.scales, pseudo.flip, machine)
+        for cams, seg, row in zip(prediction.cams, prediction.seg, present, strict=True):
+            image = images[position]
+            yield _row(cams, seg, row, (image.height, image.width), network.threshold)
+            position += 1
+        progress.update(len(batch))
+    progress.close()
+
+
+def _row(cams: Tensor, seg: Tensor, present: Tensor, size: tuple[int, int], threshold: float) -> PseudoLabel:
+    maps = F.interpolate(cams[None], size=size, mode="bilinear", align_corners=False)
+    labels, _ = cam_pseudo_labels(maps, threshold)
+    confidence = (maps[0].amax(dim=0) * 255).round()
+    return PseudoLabel(
+        labels=labels[0].cpu().numpy(),
+        confidence=confidence.to(torch.uint8).cpu().numpy(),
+        segmentation=label_maps(seg, size, present)[1].cpu().numpy(),
+    )
+
+
+def export_png(store: Path, output: Path, *, confidence: bool = False) -> None:
+    """Write a store as images, for tools that read the PASCAL VOC layout.
+
+    `output/SegmentationClass/<id>.png` are palette images with VOC's colours; with `confidence` there are greyscale
+    `output/Confidence/<id>.png` too. `output` appears at the end, whole, and replaces a former one.
+
+    Raises:
+        ValueError: the store cannot be read, `output` is something else, or the disk is full.
+    """
+    labels = PseudoLabels(store)
+    if output.exists() and not (output / "SegmentationClass").is_dir():
+        raise ValueError(f"{output} exists and is not an earlier export: give a new folder")
+    temporary = output.with_name(f".{output.name}.partial")
+    palette = voc_palette()
+
+    def save(folder: str, position: int, pixels: Pixels, colours: list[int] | None) -> None:
+        image = PilImage.fromarray(np.ascontiguousarray(pixels))
+        if colours is not None:
+            image.putpalette(colours)
+        path = temporary / folder / f"{labels.info.ids[position]}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)  # COCO-like ids may hold folders
+        image.save(path)
+
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for position in tqdm(range(len(labels)), desc="export", unit="image", disable=None):
+            save("SegmentationClass", position, labels.labels(position), palette)
+            if confidence:
+                save("Confidence", position, labels.confidence(position), None)
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.rename(output)
+    except OSError as error:
+        raise ValueError(describe_os_error(error, output)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,168 @@
+"""A training loop that can be killed at any moment and continues with the same weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from cosa_fast.files import exclusive, require_space, write_atomically
+
+log = logging.getLogger(__name__)
+BatchT = TypeVar("BatchT")
+
+
+class Stateful(Protocol):
+    """A module, an optimiser, or anything else with a state to resume."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue."""
+
+    def load_state_dict(self, state: dict[str, Any], /) -> Any:
+        """Continue from `state`."""
+
+
+def run(
+    *,
+    name: str,
+    folder: Path,
+    fingerprint: Mapping[str, Any],
+    iterations: int,
+    state: Mapping[str, Stateful],
+    batches: Callable[[int], Iterator[BatchT]],
+    step: Callable[[int, BatchT], dict[str, Tensor]],
+    checkpoint_every: int,
+    log_every: int,
+    device: torch.device,
+) -> None:
+    """Call `step(iteration, batch)` for every iteration not yet done.
+
+    Every `checkpoint_every` iterations the `state`, torch's random generators and the iteration are saved to
+    `folder/state.pt`, atomically. A later call with the same `fingerprint` (everything that decides the result)
+    continues from there; with another one it starts anew and says so. The loader's position is the iteration:
+    `batches(start)` must give batch number `start` first. The scalars that `step` returns stay on the device and are
+    averaged over `log_every` iterations, then written to `folder/metrics.jsonl` and TensorBoard files there.
+
+    Raises:
+        ValueError: another process trains in `folder`, the disk is or gets full, the loss is not finite, or the saved
+            state is damaged.
+    """
+    with exclusive(folder):
+        path = folder / "state.pt"
+        start = _resume(path, fingerprint, state, name)
+        size = sum(_bytes(part.state_dict()) for part in state.values())
+        require_space(folder, 4 * size, f"{name} (two checkpoints and the result)")
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        metrics = _truncate_log(folder / "metrics.jsonl", start)
+        totals: dict[str, Tensor] = {}
+        source = batches(start)
+        clock = time.perf_counter()
+        progress = tqdm(range(start, iterations), desc=name, initial=start, total=iterations, disable=None)
+        for iteration in progress:
+            for key, value in step(iteration, next(source)).items():
+                totals[key] = totals[key] + value if key in totals else value.clone()
+            done = iteration + 1
+            if done % log_every == 0 or done == iterations:
+                # One wait for the device per log line, not per iteration.
+                count = (done - 1) % log_every + 1
+                means = {key: float(total) / count for key, total in totals.items()}
+                totals.clear()
+                elapsed, clock = time.perf_counter() - clock, time.perf_counter()
+                _report(metrics, writer, done, {**means, "seconds_per_iteration": elapsed / count})
+                progress.set_postfix(loss=f"{means['loss']:.3f}")
+                if progress.disable:
+                    log.info("%s: iteration %d/%d, loss %.3f", name, done, iterations, means["loss"])
+                if not means["loss"] == means["loss"] or abs(means["loss"]) == float("inf"):
+                    raise ValueError(
+                        f"{name}: the loss is {means['loss']} at iteration {done}; lower the learning rate or look at "
+                        f"{folder / 'metrics.jsonl'}. The last checkpoint is kept"
+                    )
+            if done % checkpoint_every == 0 and done < iterations:
+                _save(path, fingerprint, state, done)
+        writer.close()
+        if hasattr(source, "close"):
+            source.close()
+
+
+def finish(folder: Path) -> None:
+    """Forget the saved state once the result is written; the metrics stay."""
+    (folder / "state.pt").unlink(missing_ok=True)
+
+
+def _save(path: Path, fingerprint: Mapping[str, Any], state: Mapping[str, Stateful], iteration: int) -> None:
+    content: dict[str, Any] = {
+        "fingerprint": json.dumps(fingerprint, sort_keys=True, default=str),
+        "iteration": iteration,
+        "state": {key: part.state_dict() for key, part in state.items()},
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+    def write(target: Path) -> None:
+        try:
+            torch.save(content, target)
+        except RuntimeError as error:  # torch reports a full disk as a RuntimeError of its zip writer
+            raise OSError(28, str(error)) from error
+
+    write_atomically(path, write)
+
+
+def _resume(path: Path, fingerprint: Mapping[str, Any], state: Mapping[str, Stateful], name: str) -> int:
+    """Load a saved state if it belongs to this run; the iteration to go on with."""
+    if not path.exists():
+        return 0
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"the saved state {path} is damaged ({error}): delete it to start again") from None
+    difference = _difference(json.loads(saved["fingerprint"]), json.loads(json.dumps(fingerprint, default=str)))
+    if difference:
+        log.warning("%s: %s is of another run (%s): starting anew", name, path, "; ".join(difference[:5]))
+        return 0
+    for key, part in state.items():
+        part.load_state_dict(saved["state"][key])
+    torch.set_rng_state(saved["rng"])
+    if saved["cuda_rng"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(saved["cuda_rng"])
+    log.info("%s: continuing from iteration %d (%s)", name, saved["iteration"], path)
+    return int(saved["iteration"])
+
+
+def _difference(old: Any, new: Any, place: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(old.keys() | new.keys())
+        return [line for key in keys for line in _difference(old.get(key), new.get(key), f"{place}.{key}".lstrip("."))]
+    return [] if old == new else [f"{place} was {old!r}, is {new!r}"]
+
+
+def _truncate_log(path: Path, start: int) -> Path:
+    """Drop lines past the resumed iteration: they will be written again."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [line for line in lines if start and json.loads(line)["iteration"] <= start]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+    return path
+
+
+def _report(path: Path, writer: SummaryWriter, iteration: int, values: Mapping[str, float]) -> None:
+    with open(path, "a") as handle:
+        handle.write(json.dumps({"iteration": iteration, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
+    for key, value in values.items():
+        writer.add_scalar(key, value, iteration)
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(_bytes(item) for item in value.values())
+    return sum(_bytes(item) for item in value) if isinstance(value, list | tuple) else 0

@@ -1,0 +1,178 @@
+"""The `multistage` stage: CoSA-MS, a standalone segmentation network trained on the stored pseudo-labels (Sec. 4.2)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+from cosa_kernels import upsample_cross_entropy
+from numpy.typing import NDArray
+from PIL.Image import Resampling
+from torch import Tensor
+
+from cosa_fast.config import MultistageConfig, RuntimeConfig
+from cosa_fast.data.augment import Geometry, apply_geometry, draw_geometry, epoch_positions
+from cosa_fast.data.classes import IGNORED
+from cosa_fast.data.index import Index
+from cosa_fast.data.store import PseudoLabels
+from cosa_fast.files import require_space, sha256
+from cosa_fast.inference import chunks, normalise, prefetch, read_rgb
+from cosa_fast.models.segmenter import Segmenter, build_segmenter, normalisation, save_segmenter
+from cosa_fast.models.vit import parameter_count
+from cosa_fast.runtime import Runtime, resolve
+from cosa_fast.training import loop
+from cosa_fast.training.schedule import poly_lr
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SegBatch:
+    """Images and the pseudo-labels of the same crops."""
+
+    images: Tensor
+    """(B, 3, S, S) uint8."""
+    labels: Tensor
+    """(B, S, S) uint8; 255 where nothing is to be learnt."""
+
+
+def train_segmenter(
+    index: Path,
+    store: Path,
+    output: Path,
+    resume: Path,
+    *,
+    multistage: MultistageConfig,
+    runtime: RuntimeConfig,
+    threads: int,
+) -> None:
+    """Train on the pseudo-labels of the training split and write the network to `output`.
+
+    Args:
+        index: the dataset index.
+        store: pseudo-labels of its training split.
+        output: safetensors file with the weights and everything needed to use them.
+        resume: folder of the resumable state and the metrics; a killed run continues from it.
+
+    Raises:
+        ValueError: the store is not of this index, the network cannot be made, or the disk is full.
+    """
+    machine = resolve(runtime, threads)
+    dataset = Index.load(index)
+    labels = PseudoLabels(store)
+    labels.require_match(dataset)
+    if multistage.batch_size < 2:
+        raise ValueError("multistage.batch_size = 1, but batch normalisation needs at least 2 images")
+    torch.manual_seed(multistage.seed)
+    net = build_segmenter(multistage, len(dataset.classes) + 1)
+    require_space(output.parent, 3 * 4 * parameter_count(net), "the checkpoint")
+    log.info(
+        "CoSA-MS on %s: %s with %s, %d images, %.1f M parameters, %s",
+        dataset.name, multistage.architecture, multistage.encoder, len(labels), parameter_count(net) / 1e6,
+        machine.device,
+    )  # fmt: skip
+    digest = labels.digest()
+    trainer = SegmenterTrainer(net, multistage, machine)
+    loop.run(
+        name="multistage",
+        folder=resume,
+        fingerprint={
+            "multistage": multistage.model_dump(mode="json", exclude={"checkpoint_every", "log_every"}),
+            "store": digest,
+            "index": sha256(index),
+        },
+        iterations=multistage.iterations,
+        state={"net": trainer.net, "optimizer": trainer.optimizer},
+        batches=lambda start: batches(dataset, labels, multistage, threads, start),
+        step=trainer.step,
+        checkpoint_every=multistage.checkpoint_every,
+        log_every=multistage.log_every,
+        device=machine.device,
+    )
+    origin = {
+        "sha256": digest,
+        "checkpoint_sha256": labels.info.checkpoint_sha256,
+        "split": labels.info.split,
+        "threshold": labels.info.threshold,
+    }
+    save_segmenter(output, trainer.net, classes=dataset.classes, dataset=dataset.name, config=multistage, store=origin)
+    loop.finish(resume)
+
+
+class SegmenterTrainer:
+    """The network and its optimiser on their device, advanced one batch at a time."""
+
+    def __init__(self, net: Segmenter, config: MultistageConfig, runtime: Runtime) -> None:
+        self.net, self.config, self.runtime = net.to(runtime.device), config, runtime
+        if runtime.device.type == "cuda":
+            self.net.to(memory_format=torch.channels_last)
+        runtime.compile(self.net)
+        self.mean, self.std = normalisation(config)
+        parameters = self.net.parameters()
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+            if config.optimizer == "sgd"
+            else torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+        )
+
+    def step(self, iteration: int, batch: SegBatch) -> dict[str, Tensor]:
+        """Train on one batch: cross-entropy over the pixels that have a label."""
+        config = self.config
+        for group in self.optimizer.param_groups:
+            group["lr"] = poly_lr(iteration, config.lr, config.iterations, config.warmup, config.power)
+        images = normalise(batch.images, self.mean, self.std, self.runtime.device)
+        self.net.train()
+        with self.runtime.autocast():
+            logits = self.net(images)
+        # 0 rather than NaN for a batch whose every pixel is ignored.
+        loss = upsample_cross_entropy(logits, batch.labels.to(self.runtime.device), ignore_index=IGNORED)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return {"loss": loss.detach()}
+
+
+def batches(
+    index: Index, store: PseudoLabels, config: MultistageConfig, threads: int, start: int
+) -> Iterator[SegBatch]:
+    """Batches from number `start` on, without end; batch t depends on (seed, t) alone."""
+
+    def samples() -> Iterator[tuple[Geometry, int, int]]:
+        for iteration in count(start):
+            positions = epoch_positions(config.seed, len(store), config.batch_size, iteration)
+            geometry = draw_geometry(
+                store.sizes[positions].astype(np.int64),
+                crop=config.crop,
+                scale=config.scale,
+                flip=0.5,
+                seed=config.seed,
+                iteration=iteration,
+            )
+            for slot, position in enumerate(positions.tolist()):
+                yield geometry, slot, position
+
+    def load(sample: tuple[Geometry, int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        geometry, slot, position = sample
+        image = read_rgb(index.image_path(index.train[position]))
+        labels = training_labels(store, position, config.min_confidence)
+        return (
+            apply_geometry(image, geometry, slot),
+            apply_geometry(labels, geometry, slot, Resampling.NEAREST, fill=IGNORED),
+        )
+
+    for crops in chunks(prefetch(load, samples(), threads, ahead=2 * config.batch_size), config.batch_size):
+        images, labels = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*crops, strict=True))
+        yield SegBatch(images=images.permute(0, 3, 1, 2), labels=labels)
+
+
+def training_labels(store: PseudoLabels, position: int, min_confidence: float) -> NDArray[np.uint8]:
+    """(h, w) uint8 CAM pseudo-labels of an image; 255 where their reliability is below `min_confidence`."""
+    labels = store.labels(position)
+    if min_confidence == 0:
+        return labels
+    return np.where(store.reliability(position) < min_confidence, IGNORED, labels).astype(np.uint8)

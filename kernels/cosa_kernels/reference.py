@@ -1,0 +1,294 @@
+"""CoSA's losses and pseudo-labels in plain torch, straight from the paper's equations.
+
+The ground truth of every faster version: works in any floating dtype (float64 included) on any device, and is
+differentiable by autograd. CAMs are normalised to [0, 1] and zero for absent classes; grids are up-sampled bilinearly
+(`align_corners=False`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cosa_kernels.checks import (
+    check_cams,
+    check_class_labels,
+    check_labels,
+    check_logits,
+    check_open_fraction,
+    check_positive,
+    check_valid_box,
+)
+
+Size = tuple[int, int]
+
+
+def upsample(maps: Tensor, size: Size | None) -> Tensor:
+    """(B, C, h, w) to (B, C, *size), bilinear; unchanged when `size` is None or already the case."""
+    if size is None or tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def merge_cams(
+    cams: Sequence[Tensor], mirrored: Sequence[Tensor] = (), *, class_labels: Tensor, size: Size, eps: float = 1e-5
+) -> Tensor:
+    """Merge CAM logits of several scales into one normalised map per present class.
+
+    Per scale: up-sample, maximum with the mirrored view, ReLU. Then the scales are added and each map of a present
+    class is brought to [0, 1] by its own minimum and maximum over the image; absent classes are 0.
+
+    Args:
+        cams: per scale, (B, C, h_k, w_k) CAM logits.
+        mirrored: per scale, the maps of the mirrored image, already flipped back; or empty.
+        class_labels: (B, C), 1 for classes present in the image.
+        size: (H, W) of the result.
+        eps: added to the maximum, so that a map without any activation stays 0.
+
+    Returns:
+        (B, C, H, W) in [0, 1].
+    """
+    if mirrored and len(mirrored) != len(cams):
+        raise ValueError(
+            f"mirrored must be empty or hold one map per scale: got {len(mirrored)} for {len(cams)} scales"
+        )
+    if not cams:
+        raise ValueError("cams is empty: give the maps of at least one scale")
+    check_class_labels(class_labels, cams[0].shape[0], cams[0].shape[1])
+    total = torch.zeros(())
+    for position, view in enumerate(cams):
+        merged = upsample(view, size)
+        if mirrored:
+            merged = torch.maximum(merged, upsample(mirrored[position], size))
+        merged = merged.relu()
+        total = merged if position == 0 else total + merged
+    total = total - total.amin(dim=(-2, -1), keepdim=True)
+    total = total / (total.amax(dim=(-2, -1), keepdim=True) + eps)
+    return total * class_labels.to(total.dtype)[..., None, None]
+
+
+def perplexity_of(confidence: Tensor, threshold: float | Tensor, lambda_alpha: float, lambda_beta: float) -> Tensor:
+    """Perplexity P of a CAM confidence (Eq. 4): infinite at the threshold, least far from it."""
+    above = (confidence - threshold) / (1.0 - threshold)
+    below = (threshold - confidence) / threshold
+    distance = torch.where(confidence >= threshold, above, below).clamp(0.0, 1.0)
+    return (-torch.log(lambda_alpha * distance)) ** lambda_beta
+
+
+def cam_pseudo_labels(
+    cams: Tensor,
+    threshold: float | Tensor,
+    *,
+    size: Size | None = None,
+    valid_box: Tensor | None = None,
+    lambda_alpha: float = 0.8,
+    lambda_beta: float = 1.0,
+    ignore_index: int = 255,
+) -> tuple[Tensor, Tensor]:
+    """CAM pseudo-labels (CPL) and their perplexity (Eq. 3, 4).
+
+    Args:
+        cams: (B, C, h, w) in [0, 1], zero for absent classes.
+        threshold: xi in (0, 1), a float or a 0-d tensor on the device of `cams`.
+        size: (H, W) of the labels; None: that of `cams`.
+        valid_box: (B, 4) integers y0, y1, x0, x1, half open, in pixels of `size`; None: everything is valid.
+        lambda_alpha: scale of the normalised distance, in (0, 1).
+        lambda_beta: exponent, > 0.
+        ignore_index: label of pixels outside `valid_box`.
+
+    Returns:
+        labels (B, H, W) uint8: 0 background, c + 1 for class c, `ignore_index` outside the box;
+        perplexity (B, H, W), the dtype of `cams` but at least float32; infinite outside the box.
+
+    Raises:
+        ValueError: a shape or value is impossible.
+    """
+    check_cams(cams)
+    check_open_fraction("lambda_alpha", lambda_alpha)
+    check_positive("lambda_beta", lambda_beta)
+    if not isinstance(threshold, Tensor):
+        check_open_fraction("threshold", threshold)
+    maps = upsample(cams.to(torch.promote_types(cams.dtype, torch.float32)), size)
+    confidence, best = maps.max(dim=1)
+    labels = torch.where(confidence >= threshold, best + 1, 0).to(torch.uint8)
+    perplexity = perplexity_of(confidence, threshold, lambda_alpha, lambda_beta)
+    if valid_box is not None:
+        check_valid_box(valid_box, len(cams))
+        outside = ~box_mask(valid_box, (maps.shape[-2], maps.shape[-1]))
+        labels = labels.masked_fill(outside, ignore_index)
+        perplexity = perplexity.masked_fill(outside, float("inf"))
+    return labels, perplexity
+
+
+def box_mask(valid_box: Tensor, size: Size) -> Tensor:
+    """(B, H, W) bool, true inside each (y0, y1, x0, x1)."""
+    y0, y1, x0, x1 = valid_box[:, :, None].unbind(dim=1)
+    rows = torch.arange(size[0], device=valid_box.device)
+    columns = torch.arange(size[1], device=valid_box.device)
+    return ((rows >= y0) & (rows < y1))[:, :, None] & ((columns >= x0) & (columns < x1))[:, None, :]
+
+
+def upsample_cross_entropy(
+    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = 255
+) -> Tensor:
+    """Weighted cross-entropy of up-sampled logits: sum(w * CE) / sum(w).
+
+    Args:
+        logits: (B, K, h, w).
+        target: (B, H, W) integers below K, or `ignore_index`.
+        weight: (B, H, W), >= 0; None: 1.
+        ignore_index: target of pixels that do not count.
+
+    Returns:
+        0-d tensor; 0 (with zero gradient) where no pixel counts.
+
+    Raises:
+        ValueError: a shape or dtype is impossible.
+    """
+    check_logits(logits)
+    check_labels("target", target, len(logits))
+    full = upsample(logits.to(torch.promote_types(logits.dtype, torch.float32)), (target.shape[-2], target.shape[-1]))
+    loss = F.cross_entropy(full, target.long(), ignore_index=ignore_index, reduction="none")
+    counted = (target != ignore_index).to(full.dtype)
+    weight = counted if weight is None else counted * weight.to(full.dtype)
+    total = weight.sum()
+    return (weight * loss).sum() / torch.where(total > 0, total, 1.0)
+
+
+def raw_cross_entropy(
+    logits: Tensor,
+    cams: Tensor,
+    threshold: float | Tensor,
+    *,
+    size: Size | None = None,
+    valid_box: Tensor | None = None,
+    lambda_alpha: float = 0.8,
+    lambda_beta: float = 1.0,
+) -> Tensor:
+    """CAM-to-segmentation loss with reliability-based adaptive weighting (RAW; Eq. 3 to 5).
+
+    Eq. 5 as printed weighs a pixel with its perplexity; its text says normalised reliability, the reciprocal, and
+    that is what this computes: sum(r * CE) / sum(r) with r = 1 / P over the batch's valid pixels.
+
+    Args:
+        logits: (B, C + 1, h, w) segmentation logits.
+        cams: (B, C, h', w') in [0, 1], of the assignment network; they get no gradient.
+        threshold, size, valid_box, lambda_alpha, lambda_beta: see `cam_pseudo_labels`.
+
+    Returns:
+        0-d tensor; 0 (with zero gradient) where nothing is valid.
+    """
+    if logits.shape[1] != cams.shape[1] + 1:
+        raise ValueError(
+            f"logits must have one channel more than cams (the background): got {logits.shape[1]} and {cams.shape[1]}"
+        )
+    with torch.no_grad():
+        labels, perplexity = cam_pseudo_labels(
+            cams, threshold, size=size, valid_box=valid_box, lambda_alpha=lambda_alpha, lambda_beta=lambda_beta
+        )
+    return upsample_cross_entropy(logits, labels, weight=perplexity.reciprocal())
+
+
+def seg_pseudo_labels(seg_logits: Tensor, class_labels: Tensor, *, temperature: float = 0.01) -> Tensor:
+    """Segmentation pseudo-labels (SPL): softmax over background and present classes (Eq. 7).
+
+    Args:
+        seg_logits: (B, C + 1, h, w).
+        class_labels: (B, C), 1 for present classes.
+        temperature: tau > 0.
+
+    Returns:
+        (B, C + 1, h, w) probabilities, 0 for absent classes.
+    """
+    check_logits(seg_logits)
+    check_positive("temperature", temperature)
+    check_class_labels(class_labels, seg_logits.shape[0], seg_logits.shape[1] - 1)
+    absent = F.pad(class_labels == 0, (1, 0), value=False)
+    scaled = seg_logits.to(torch.promote_types(seg_logits.dtype, torch.float32)) / temperature
+    return scaled.masked_fill(absent[..., None, None], float("-inf")).softmax(dim=1)
+
+
+def seg_to_cam_loss(
+    cam_logits: Tensor, seg_logits: Tensor, class_labels: Tensor, *, temperature: float = 0.01
+) -> Tensor:
+    """Seg2CAM loss: binary cross-entropy of the CAMs against the segmentation pseudo-labels (Eq. 7, 8).
+
+    Args:
+        cam_logits: (B, C, h, w), of the online network.
+        seg_logits: (B, C + 1, h', w'), of the assignment network; they get no gradient. Their probabilities are
+            resized bilinearly to (h, w).
+        class_labels: (B, C), 1 for present classes.
+        temperature: tau > 0.
+
+    Returns:
+        0-d tensor, the mean over images, classes and positions.
+    """
+    check_logits(cam_logits)
+    with torch.no_grad():
+        probabilities = seg_pseudo_labels(seg_logits, class_labels, temperature=temperature)[:, 1:]
+        probabilities = upsample(probabilities, (cam_logits.shape[-2], cam_logits.shape[-1]))
+    wide = cam_logits.to(torch.promote_types(cam_logits.dtype, torch.float32))
+    return F.binary_cross_entropy_with_logits(wide, probabilities.to(wide.dtype))
+
+
+def csc_info_nce(
+    cams: Tensor,
+    labels: Tensor,
+    perplexity: Tensor,
+    *,
+    epsilon: float = 1.0,
+    temperature: float = 0.5,
+    similarity: str = "cosine",
+    scope: str = "image",
+) -> Tensor:
+    """Contrastive separation in CAMs (CSC; Eq. 9, 10).
+
+    Every position of low perplexity is an anchor: the CAM vectors of positions with its pseudo-label are pulled to it,
+    those of other pseudo-labels pushed away.
+
+    Args:
+        cams: (B, C, h, w) CAM vectors of the online network.
+        labels: (B, h, w) pseudo-labels of the assignment network's auxiliary CAMs.
+        perplexity: (B, h, w) their perplexity.
+        epsilon: positions with perplexity <= epsilon take part.
+        temperature: of the InfoNCE, > 0.
+        similarity: "cosine", or "dot" for the plain inner product.
+        scope: "image" contrasts within each image, "batch" across the batch.
+
+    Returns:
+        0-d tensor: the sum over anchors divided by their number |Omega| over the whole batch. An anchor without any
+        positive or without any negative contributes 0 and still counts.
+
+    Raises:
+        ValueError: a shape, `temperature`, `similarity` or `scope` is impossible.
+    """
+    check_logits(cams)
+    check_labels("labels", labels, len(cams))
+    check_positive("temperature", temperature)
+    if similarity not in ("cosine", "dot"):
+        raise ValueError(f"similarity must be 'cosine' or 'dot', got {similarity!r}")
+    if scope not in ("image", "batch"):
+        raise ValueError(f"scope must be 'image' or 'batch', got {scope!r}")
+    wide = torch.promote_types(cams.dtype, torch.float32)
+    vectors = cams.to(wide).flatten(2).transpose(1, 2)
+    labels, anchors = labels.flatten(1).long(), (perplexity <= epsilon).flatten(1)
+    if scope == "batch":
+        vectors, labels, anchors = (tensor.flatten(0, 1)[None] for tensor in (vectors, labels, anchors))
+    if similarity == "cosine":
+        vectors = F.normalize(vectors, dim=-1, eps=1e-6)
+    scores = vectors @ vectors.transpose(1, 2) / temperature
+
+    both = anchors[:, :, None] & anchors[:, None, :]
+    same = labels[:, :, None] == labels[:, None, :]
+    itself = torch.eye(labels.shape[1], dtype=torch.bool, device=labels.device)
+    positive, negative = both & same & ~itself, both & ~same
+    counts = positive.sum(dim=-1)
+    complete = (counts > 0) & negative.any(dim=-1)
+    # log K over the negatives; rows without any keep all entries, so that no NaN gradient arises, and are dropped below.
+    log_k = scores.masked_fill(~negative & complete[..., None], float("-inf")).logsumexp(dim=-1, keepdim=True)
+    # -log(L / (L + K)) = softplus(log K - log L), finite for any temperature.
+    terms = torch.where(positive, F.softplus(log_k - scores), 0.0).sum(dim=-1) / counts.clamp(min=1)
+    return torch.where(complete, terms, 0.0).sum() / anchors.sum().clamp(min=1)

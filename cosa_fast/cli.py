@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen is None:
         return _top_level(words)
     name = f"cosa-fast {chosen.command}"
+    _configure_logging(None)
     try:
         stage = _parse(chosen, words[len(chosen.command.split()) :])
         _configure_logging(stage.log)

@@ -158,3 +158,195 @@ def evaluate(
     write_atomically(csv, _table(dataset, scores).encode())
     write_atomically(output, text.encode())
     log.info("%s\n%s", output, text)
+
+
+def _score_split(systems: Systems, split: str, rows: list[PanelRow] | None) -> list[Score]:
+    """Score everything on one split; fills `rows` of the panel unless it is None."""
+    images = systems.dataset.splits[split]
+    labels = torch.from_numpy(systems.dataset.multi_hot(images)).to(systems.machine.device)
+    shown = set(np.linspace(0, len(images) - 1, systems.config.panel_images).round().tolist())
+    totals: dict[tuple[str, str], Tensor] = {}
+    progress = tqdm(total=len(images), desc=f"evaluate {split}", unit="image", disable=None)
+    position = 0
+    for batch in chunks(_samples(systems, split), systems.config.batch_size):
+        present = labels[position : position + len(batch)]
+        for sample, maps, cam in _predict_batch(systems, batch, present):
+            truth = sample.truth.to(systems.machine.device)
+            for key, values in maps.items():
+                confusion = confusion_matrix(truth, values, len(systems.dataset.classes) + 1)
+                totals[key] = totals[key] + confusion if key in totals else confusion
+            if rows is not None and position in shown:
+                rows.append(_panel_row(sample, maps, cam))
+            position += 1
+        progress.update(len(batch))
+    progress.close()
+    return [Score(split, system, setting, total.cpu()) for (system, setting), total in totals.items()]
+
+
+def _samples(systems: Systems, split: str) -> Iterator[Sample]:
+    def load(image: Image) -> Sample:
+        picture = read_rgb(systems.dataset.image_path(image))
+        mask = read_mask(systems.masks.path(split, image.id), (image.width, image.height))
+        return Sample(image, square(picture, systems.config.size), to_tensor(picture), torch.from_numpy(mask))
+
+    images = systems.dataset.splits[split]
+    return prefetch(load, images, systems.threads, ahead=2 * systems.config.batch_size)
+
+
+def _predict_batch(
+    systems: Systems, batch: Sequence[Sample], present: Tensor
+) -> Iterator[tuple[Sample, dict[tuple[str, str], Tensor], Tensor]]:
+    """Per image: (H, W) class maps by (system, setting), and the (H, W) largest CAM."""
+    config, machine, cosa = systems.config, systems.machine, systems.cosa
+    squares = normalise(torch.stack([sample.square for sample in batch]), cosa.mean, cosa.std, machine.device)
+    prediction = predict(cosa.net, squares, present, config.scales, config.flip, machine)
+    standalone = _predict_standalone(systems, batch)
+    for slot, sample in enumerate(batch):
+        size = (sample.image.height, sample.image.width)
+        free, filtered = label_maps(prediction.seg[slot], size, present[slot])
+        maps = {(COSA, FREE): free, (COSA, FILTERED): filtered}
+        if standalone:
+            free, filtered = label_maps(standalone[slot], size, present[slot])
+            maps |= {(COSA_MS, FREE): free, (COSA_MS, FILTERED): filtered}
+        cams = F.interpolate(prediction.cams[slot][None], size=size, mode="bilinear", align_corners=False)
+        maps[CAM, FILTERED] = cam_pseudo_labels(cams, systems.threshold)[0][0]
+        yield sample, maps, cams[0].amax(dim=0)
+
+
+def _predict_standalone(systems: Systems, batch: Sequence[Sample]) -> list[Tensor]:
+    """CoSA-MS's (K, H, W) probabilities of each image, images of one size together; empty without CoSA-MS."""
+    if systems.segmenter is None:
+        return []
+    network, config, machine = systems.segmenter, systems.config, systems.machine
+    results: dict[int, Tensor] = {}
+    sizes = [tuple(sample.pixels.shape) for sample in batch]
+    for size in dict.fromkeys(sizes):
+        slots = [slot for slot, other in enumerate(sizes) if other == size]
+        pixels = torch.stack([batch[slot].pixels for slot in slots])
+        images = normalise(pixels, network.mean, network.std, machine.device)
+        results |= zip(slots, predict_segmenter(network.net, images, config.scales, config.flip, machine), strict=True)
+    return [results[slot] for slot in range(len(batch))]
+
+
+def _panel_row(sample: Sample, maps: dict[tuple[str, str], Tensor], cam: Tensor) -> PanelRow:
+    columns = {"CAM pseudo-label": maps[CAM, FILTERED], COSA: maps[COSA, FREE]}
+    if (COSA_MS, FREE) in maps:
+        columns[COSA_MS] = maps[COSA_MS, FREE]
+    columns["truth"] = sample.truth
+    return PanelRow(
+        id=sample.image.id,
+        labels=sample.image.labels,
+        image=sample.pixels.permute(1, 2, 0).numpy(),
+        cam=cam.cpu().numpy(),
+        maps={title: values.cpu().numpy() for title, values in columns.items()},
+    )
+
+
+def _score_store(systems: Systems, store: PseudoLabels) -> list[Score]:
+    """Score the stored pseudo-labels against the training masks, which nothing else looks at."""
+    split, images = systems.dataset.train_split, systems.dataset.train
+    classes = len(systems.dataset.classes) + 1
+
+    def score(position: int) -> tuple[Tensor, Tensor]:
+        image = images[position]
+        truth = torch.from_numpy(read_mask(systems.masks.path(split, image.id), (image.width, image.height)))
+        stored = (store.labels(position), store.segmentation(position))
+        first, second = (confusion_matrix(truth, torch.from_numpy(values.copy()), classes) for values in stored)
+        return first, second
+
+    results = prefetch(score, range(len(images)), systems.threads, ahead=4 * systems.threads)
+    cam = seg = torch.zeros(classes, classes + 1, dtype=torch.int64)
+    for first, second in tqdm(results, total=len(images), desc=f"score store {split}", unit="image", disable=None):
+        cam, seg = cam + first, seg + second
+    return [Score(split, STORED_CAM, FILTERED, cam), Score(split, STORED_SEG, FILTERED, seg)]
+
+
+def report(systems: Systems, scores: Sequence[Score], files: dict[str, Path | None]) -> str:
+    """The text of the result file; its first line says what data the numbers are of."""
+    dataset, cosa, config = systems.dataset, systems.cosa, systems.config
+    first = f"{dataset.name} (synthetic; not comparable with PASCAL VOC numbers)" if dataset.synthetic else dataset.name
+    splits = [f"{split} ({len(dataset.splits[split])} images)" for split in dataset.eval_splits]
+    facts = [
+        ("splits", f"{', '.join(splits)}; {len(dataset.classes)} classes and background"),
+        ("trained on", f"image-level labels of {dataset.train_split} ({len(dataset.train)} images)"),
+        (
+            "CoSA",
+            f"{files['checkpoint']} (sha256 {cosa.sha256[:12]}), {cosa.iteration} iterations, {config.network} net",
+        ),
+        ("", f"{cosa.config['model']['name']}; {_switches(cosa.config['cosa'])}"),
+    ]
+    if systems.segmenter is not None:
+        standalone = systems.segmenter
+        setup = standalone.config
+        facts += [
+            ("CoSA-MS", f"{files['segmenter']} (sha256 {standalone.sha256[:12]}), {setup.iterations} iterations"),
+            ("", f"{setup.architecture} with {setup.encoder}, trained on the store {standalone.store['sha256'][:12]}"),
+        ]
+    if systems.store is not None:
+        facts.append(("store", f"{files['store']}, threshold {systems.store.info.threshold:.3f}"))
+    facts += [
+        ("inference", f"scales {' '.join(map(str, config.scales))}{', mirrored too' if config.flip else ''}, no CRF;"),
+        ("", f"CoSA at {config.size}x{config.size} pixels, CoSA-MS at each image's own size"),
+        ("CAM threshold", f"{systems.threshold:.3f}"),
+    ]
+    notes = [
+        "label-free: the network alone. Compare other methods' numbers with this column.",
+        "label-filtered: only classes of the image's ground-truth labels may be predicted, as in the paper's 76.2 mIoU",
+        "on VOC val. CAM pseudo-labels need those labels by definition.",
+    ]
+    for split, names in _unseen(dataset, scores).items():
+        notes.append(f"left out of the mean, neither in the truth nor predicted ({split}): {', '.join(names)}")
+    lines = [
+        first,
+        "",
+        *(f"{name:<15}{value}" for name, value in facts),
+        "",
+        *_score_table(scores),
+        "",
+        *notes,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _score_table(scores: Sequence[Score]) -> list[str]:
+    """mIoU in percent: a row per system, a pair of columns per split."""
+    percent = {(s.split, s.system, s.setting): 100 * mean_iou(s.confusion) for s in scores}
+    splits = list(dict.fromkeys(score.split for score in scores))
+    width = len(FILTERED) + 2
+    lines = [f"{'mIoU [%]':<28}" + "".join(f"{split:^{2 * width}}" for split in splits)]
+    lines.append(" " * 28 + f"{FREE:>{width}}{FILTERED:>{width}}" * len(splits))
+    for system in dict.fromkeys(score.system for score in scores):
+        cells = [percent.get((split, system, setting)) for split in splits for setting in (FREE, FILTERED)]
+        lines.append(f"{system:<28}" + "".join(f"{'-' if c is None else f'{c:.2f}':>{width}}" for c in cells))
+    return [line.rstrip() for line in lines]
+
+
+def _switches(cosa: dict[str, Any]) -> str:
+    """The parts of CoSA that were on."""
+    names = {"swap": "SA", "raw": "RAW", "csc": "CSC", "dynamic_threshold": "DT"}
+    parts = [name for key, name in names.items() if cosa[key]]
+    off = [name for key, name in names.items() if not cosa[key]]
+    return f"guidance {cosa['guidance']}; on: {' '.join(parts) or 'none'}; off: {' '.join(off) or 'none'}"
+
+
+def _unseen(dataset: Index, scores: Sequence[Score]) -> dict[str, list[str]]:
+    """Per split, the classes that a mean leaves out."""
+    names = ("background", *dataset.classes)
+    found: dict[str, dict[str, None]] = {}
+    for score in scores:
+        for number in iou_per_class(score.confusion).isnan().nonzero().flatten().tolist():
+            found.setdefault(score.split, {})[names[number]] = None
+    return {split: list(entries) for split, entries in found.items()}
+
+
+def _table(dataset: Index, scores: Sequence[Score]) -> str:
+    """CSV of IoU in percent; empty for a class that is neither in the truth nor predicted."""
+    buffer = io.StringIO()
+    writer = csv_format.writer(buffer, lineterminator="\n")
+    writer.writerow(["dataset", "split", "system", "setting", "class", "iou"])
+    for score in scores:
+        values = [*iou_per_class(score.confusion).tolist(), mean_iou(score.confusion)]
+        for name, value in zip(("background", *dataset.classes, "mIoU"), values, strict=True):
+            cell = "" if value != value else f"{100 * value:.2f}"
+            writer.writerow([dataset.name, score.split, score.system, score.setting, name, cell])
+    return buffer.getvalue()

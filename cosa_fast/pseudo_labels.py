@@ -52,7 +52,7 @@ def write_pseudo_labels(
     machine = resolve(runtime, threads)
     dataset = Index.load(index)
     network = load_cosa(checkpoint, "assignment", machine.device)
-    require_same_classes(network, checkpoint, dataset, index)
+    require_same_classes(network.classes, checkpoint, dataset, index)
     images = dataset.train
     pixels = sum(image.width * image.height for image in images)
     require_space(output.parent, int(BYTES_PER_PIXEL * pixels), "the pseudo-label store")
@@ -82,17 +82,16 @@ def write_pseudo_labels(
     write_store(output, info, sizes, _rows(dataset, network, pseudo, machine, threads), pseudo.shard)
 
 
-def require_same_classes(network: CosaCheckpoint, checkpoint: Path, dataset: Index, index: Path) -> None:
+def require_same_classes(classes: tuple[str, ...], checkpoint: Path, dataset: Index, index: Path) -> None:
     """Check that a checkpoint was trained for the classes of an index.
 
     Raises:
         ValueError: it was not.
     """
-    if network.classes != dataset.classes:
+    if classes != dataset.classes:
         raise ValueError(
-            f"{checkpoint} was trained for the {len(network.classes)} classes of {network.dataset} "
-            f"({', '.join(network.classes[:3])} ...), but {index} has {len(dataset.classes)} "
-            f"({', '.join(dataset.classes[:3])} ...): train on this index"
+            f"{checkpoint} was trained for {len(classes)} classes ({', '.join(classes[:3])} ...), but {index} has "
+            f"{len(dataset.classes)} ({', '.join(dataset.classes[:3])} ...): train on this index"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from functools import partial
 
@@ -59,7 +60,7 @@ def _conv_stem(dim: int) -> nn.Sequential:
     """Three stride-2 convolutions and a projection: stride 8."""
     layers: list[nn.Module] = []
     channels = (3, dim // 4, dim // 2, dim)
-    for fan_in, fan_out in zip(channels, channels[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(channels):
         layers += [nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(fan_out), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(dim, dim, 1))
 

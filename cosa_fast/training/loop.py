@@ -122,8 +122,8 @@ def _resume(path: Path, fingerprint: Mapping[str, Any], state: Mapping[str, Stat
         return 0
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"the saved state {path} is damaged ({error}): delete it to start again") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise ValueError(f"the saved state {path} is damaged: delete it to start again") from None
     difference = _difference(json.loads(saved["fingerprint"]), json.loads(json.dumps(fingerprint, default=str)))
     if difference:
         log.warning("%s: %s is of another run (%s): starting anew", name, path, "; ".join(difference[:5]))

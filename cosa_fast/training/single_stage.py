@@ -40,14 +40,14 @@ def train(
     resume: Path,
     masks: Path | None = None,
     *,
-    augment: AugmentConfig = AugmentConfig(),
-    loader: LoaderConfig = LoaderConfig(),
-    model: ModelConfig = ModelConfig(),
-    cosa: CosaConfig = CosaConfig(),
-    optim: OptimConfig = OptimConfig(),
-    train: TrainConfig = TrainConfig(),
-    runtime: RuntimeConfig = RuntimeConfig(),
-    threads: int | None = None,
+    augment: AugmentConfig,
+    loader: LoaderConfig,
+    model: ModelConfig,
+    cosa: CosaConfig,
+    optim: OptimConfig,
+    train: TrainConfig,
+    runtime: RuntimeConfig,
+    threads: int,
 ) -> None:
     """Train CoSA on image-level labels and write both networks to `output`.
 

@@ -287,7 +287,7 @@ def csc_info_nce(
     positive, negative = both & same & ~itself, both & ~same
     counts = positive.sum(dim=-1)
     complete = (counts > 0) & negative.any(dim=-1)
-    # log K over the negatives; rows without any keep all entries, so that no NaN gradient arises, and are dropped below.
+    # log K over the negatives; rows without any keep all entries, against NaN gradients, and are dropped below.
     log_k = scores.masked_fill(~negative & complete[..., None], float("-inf")).logsumexp(dim=-1, keepdim=True)
     # -log(L / (L + K)) = softplus(log K - log L), finite for any temperature.
     terms = torch.where(positive, F.softplus(log_k - scores), 0.0).sum(dim=-1) / counts.clamp(min=1)

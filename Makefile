@@ -1,0 +1,60 @@
+# `make run` sets everything up and runs the demo; `make test` sets everything up and runs the tests.
+# Needs Python >= 3.11 (another one: make run PYTHON=python3.12), a C++ compiler and a package index.
+
+PYTHON ?= python3
+VENV ?= .venv
+# What Snakemake makes, and further flags for it: make run TARGET=all ARGS="--configfile config/voc.yaml"
+TARGET ?= results/voc_val_miou.txt
+ARGS ?=
+
+BIN := $(VENV)/bin
+# Snakemake's rules call `cosa-fast`, so the environment comes first on the path.
+ACTIVATED := PATH="$(abspath $(BIN)):$$PATH"
+
+.PHONY: run test lint bench clean help
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+run: $(VENV)/.pipeline ## install, then run the pipeline (the demo: MiniVOC on the CPU)
+	@echo "== running: snakemake --cores all $(TARGET) $(ARGS)"
+	@$(ACTIVATED) snakemake --cores all $(TARGET) $(ARGS)
+	@test ! -f "$(TARGET)" || { echo "== $(TARGET)"; cat "$(TARGET)"; }
+
+test: $(VENV)/.dev ## install, then run the tests
+	@echo "== testing: pytest $(ARGS)"
+	@$(ACTIVATED) pytest $(ARGS)
+
+lint: $(VENV)/.dev ## formatting, lints and types of Python and Snakemake code
+	@echo "== ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@echo "== mypy"
+	@$(BIN)/mypy
+	@echo "== snakefmt, snakemake --lint"
+	@$(BIN)/snakefmt --check Snakefile workflow
+	@$(ACTIVATED) snakemake --lint
+
+bench: $(VENV)/.pipeline ## measure the data loaders on this machine
+	@$(ACTIVATED) python -m benchmarks.loader $(ARGS)
+
+clean: ## remove results, generated data and Snakemake's records; downloads and .venv stay
+	rm -rf results data/minivoc* .snakemake
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON) here; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $$($(PYTHON) --version) is too old, cosa-fast needs Python >= 3.11: make PYTHON=python3.12" >&2; exit 1; }
+	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: no venv module; on Debian: apt install python3-venv" >&2; exit 1; }
+
+$(VENV)/.pipeline: pyproject.toml | $(BIN)/python
+	@echo "== installing cosa-fast[pipeline] into $(VENV) (several GB; minutes, once)"
+	@$(BIN)/python -m pip install --editable '.[pipeline]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "== installing cosa-fast[pipeline,dev] into $(VENV) (several GB; minutes, once)"
+	@$(BIN)/python -m pip install --editable '.[pipeline,dev]'
+	@touch $@ $(VENV)/.pipeline

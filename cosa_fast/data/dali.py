@@ -1,0 +1,198 @@
+"""The fast loading backend: one DALI pipeline, on the CPU or with decoding and everything after on the GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.auto_aug import augmentations
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.plugin.pytorch import DALIGenericIterator
+from torch import Tensor
+
+from cosa_fast.config import AugmentConfig, LoaderConfig
+from cosa_fast.data.augment import Geometry, Operation, Plan
+from cosa_fast.data.photometric import (
+    blur_kernel,
+    enhance_factor,
+    posterize_bits,
+    sharpness_kernel,
+    solarize_threshold,
+)
+from cosa_fast.data.torch_loader import read_image
+
+
+def views(plan: Plan, config: LoaderConfig, start: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Weak and strong views, each (B, 3, S, S) float32, normalised, of batch `start`, `start + 1`, ... for ever.
+
+    On a CUDA `device` the tensors never leave it.
+
+    Raises:
+        ValueError: a file cannot be decoded or has another size than when it was indexed.
+    """
+    on_gpu = device.type == "cuda"
+    pipeline = _pipeline(
+        _Source(plan, start),
+        plan.config,
+        on_gpu,
+        batch_size=plan.batch_size,
+        num_threads=max(1, config.workers),
+        device_id=torch.cuda.current_device() if on_gpu and device.index is None else device.index,
+        prefetch_queue_depth=config.prefetch,
+    )
+    iterator = DALIGenericIterator(pipeline, ["weak", "strong", "shape"], prepare_first_batch=False)
+    iteration = start
+    while True:
+        positions = plan.draws(iteration).positions
+        try:
+            (views,) = next(iterator)
+        except RuntimeError as error:
+            _find_unreadable(plan, iteration, config.prefetch)
+            error.add_note("The batch: " + ", ".join(plan.paths[position] for position in positions))
+            raise
+        if not np.array_equal(views["shape"][:, :2], plan.sizes[positions]):
+            _find_unreadable(plan, iteration, 0)
+        yield views["weak"], views["strong"]
+        iteration += 1
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the pipeline reads for each batch. DALI asks ahead, by number: prefetching loses nothing on resume."""
+
+    plan: Plan
+    start: int
+
+    def __call__(self, step: int) -> tuple[Any, ...]:
+        draws = self.plan.draws(self.start + step)
+        geometry = draws.geometry
+        box = geometry.valid_box
+        magnitudes = draws.magnitude.tolist()
+        factors = [enhance_factor(magnitude) for magnitude in magnitudes]
+        return (
+            [np.frombuffer(os.fsencode(self.plan.paths[position]), np.uint8) for position in draws.positions],
+            *_decode_window(geometry),
+            np.ascontiguousarray(box[:, [1, 3]] - box[:, [0, 2]], np.float32),
+            np.ascontiguousarray(box[:, None, [0, 2]], np.int32),
+            draws.blur > 0,
+            [blur_kernel(sigma)[:, None] for sigma in draws.blur],
+            draws.operation.astype(np.int32),
+            np.array(factors, np.float32),
+            np.stack([sharpness_kernel(factor) for factor in factors]),
+            np.array([solarize_threshold(magnitude) for magnitude in magnitudes], np.uint8),
+            np.array([256 - (256 >> posterize_bits(magnitude)) for magnitude in magnitudes], np.uint8),
+        )
+
+
+def _decode_window(geometry: Geometry) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """The part of each file to decode, and what of it to resize: (B, 2) y and x each.
+
+    Returns:
+        start, shape: int32, the window of the file around the visible part that the resize filter reaches.
+        begin, end: float32, corners of the visible part in the window; mirrored images have their x swapped.
+    """
+    low, high = geometry.source_box[:, [0, 2]], geometry.source_box[:, [1, 3]]
+    reach = np.maximum(1, geometry.source / geometry.resized) + 1
+    start = np.maximum(0, np.floor(low - reach))
+    stop = np.minimum(geometry.source, np.ceil(high + reach))
+    begin, end = low - start, high - start
+    flip = geometry.flip
+    begin[flip, 1], end[flip, 1] = end[flip, 1], begin[flip, 1]
+    return (
+        np.ascontiguousarray(start, np.int32),
+        np.ascontiguousarray(stop - start, np.int32),
+        np.ascontiguousarray(begin, np.float32),
+        np.ascontiguousarray(end, np.float32),
+    )
+
+
+@pipeline_def(enable_conditionals=True)
+def _pipeline(source: _Source, config: AugmentConfig, on_gpu: bool) -> tuple[DataNode, DataNode, DataNode]:
+    """(weak, strong, shape of the file) per sample; the images on the GPU if `on_gpu`."""
+    (
+        path,
+        window_start,
+        window_shape,
+        roi_start,
+        roi_end,
+        size,
+        corner,
+        blurred,
+        kernel,
+        operation,
+        factor,
+        sharpness,
+        threshold,
+        mask,
+    ) = fn.external_source(source, num_outputs=14)
+    encoded = fn.io.file.read(path)
+    shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+    image = fn.decoders.image_slice(
+        encoded,
+        device="mixed" if on_gpu else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+        start=window_start,
+        shape=window_shape,
+        axis_names="HW",
+    )
+    image = fn.resize(image, size=size, roi_start=roi_start, roi_end=roi_end, antialias=True)
+    image = fn.multi_paste(image, output_size=(config.crop, config.crop), out_anchors=corner)
+    if on_gpu:
+        kernel, sharpness = kernel.gpu(), sharpness.gpu()
+    if blurred:
+        across = fn.transpose(kernel, perm=[1, 0])
+        image = fn.filter(fn.filter(image, kernel, border="clamp"), across, border="clamp")
+    weak = _normalise(image, config)
+
+    white = types.Constant(255, dtype=types.UINT8)
+    if operation == Operation.AUTO_CONTRAST.value:
+        image = augmentations.auto_contrast(image)
+    elif operation == Operation.EQUALIZE.value:
+        # DALI equalizes like OpenCV, whose table leaves out the darkest value where PIL's leaves out the brightest.
+        image = white - fn.equalize(white - image)
+    elif operation == Operation.SOLARIZE.value:
+        image = image ^ (image >= threshold) * white
+    elif operation == Operation.COLOR.value:
+        image = fn.cast_like(image * factor + _grey(image) * (1 - factor), image)
+    elif operation == Operation.CONTRAST.value:
+        image = fn.contrast(image, contrast=factor, contrast_center=fn.reductions.mean(_grey(image)).cpu())
+    elif operation == Operation.BRIGHTNESS.value:
+        image = fn.brightness(image, brightness=factor)
+    elif operation == Operation.SHARPNESS.value:
+        image = fn.filter(image, sharpness)
+    elif operation == Operation.POSTERIZE.value:
+        image = image & mask
+    return weak, _normalise(image, config), shape
+
+
+def _normalise(image: DataNode, config: AugmentConfig) -> DataNode:
+    """8-bit HWC to normalised float32 CHW."""
+    return fn.crop_mirror_normalize(
+        image,
+        mean=[255 * channel for channel in config.mean],
+        std=[255 * channel for channel in config.std],
+        dtype=types.FLOAT,
+    )
+
+
+def _grey(image: DataNode) -> DataNode:
+    return fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
+
+
+def _find_unreadable(plan: Plan, iteration: int, ahead: int) -> None:
+    """Raise the ValueError that names the first unreadable file of batches `iteration` to `iteration + ahead`.
+
+    DALI's own message names the operator, not the file.
+    """
+    for batch in range(iteration, iteration + ahead + 1):
+        for position in plan.draws(batch).positions:
+            height, width = plan.sizes[position]
+            read_image(plan.paths[position], (int(height), int(width)))

@@ -1,0 +1,74 @@
+"""Training batches from an index, by either backend."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cosa_fast.config import AugmentConfig, LoaderConfig
+from cosa_fast.data.augment import Plan
+from cosa_fast.data.batch import Batch
+from cosa_fast.data.index import Index
+
+
+def batches(
+    index: Index,
+    *,
+    augment: AugmentConfig,
+    loader: LoaderConfig,
+    batch_size: int,
+    seed: int,
+    start: int,
+    device: torch.device,
+) -> Iterator[Batch]:
+    """Batch number `start`, `start + 1`, ... of the training split on `device`, without end.
+
+    Batch t depends on `seed` and t alone: to resume after t batches, pass `start=t`. Closing the iterator, or dropping
+    it, ends the loader's threads and processes.
+
+    Raises:
+        ValueError: the training split is empty, or the backend is not installed; while iterating: a file cannot be
+            decoded or has another size than when it was indexed.
+    """
+    images = index.train
+    if not images:
+        raise ValueError(f"the training split {index.train_split!r} of {index.name} has no images")
+    plan = Plan(
+        config=augment,
+        paths=tuple(str(index.image_path(image)) for image in images),
+        sizes=np.array([(image.height, image.width) for image in images], dtype=np.int64),
+        batch_size=batch_size,
+        seed=seed,
+    )
+    if loader.backend == "dali":
+        try:
+            from cosa_fast.data.dali import views
+        except ImportError as error:
+            raise ValueError(
+                f"loader.backend = 'dali' but NVIDIA DALI cannot be imported ({error}): set loader.backend: torch or "
+                "install cosa-fast[pipeline]"
+            ) from None
+    else:
+        from cosa_fast.data.torch_loader import views
+    labels = torch.from_numpy(index.multi_hot(images)).to(device)
+    return _batches(plan, views(plan, loader, start, device), labels, start)
+
+
+def _batches(plan: Plan, views: Iterator[tuple[Tensor, Tensor]], labels: Tensor, start: int) -> Iterator[Batch]:
+    with closing(views):  # type: ignore[type-var]  # a generator
+        for iteration in itertools.count(start):
+            weak, strong = next(views)
+            draws = plan.draws(iteration)
+            positions = torch.tensor(draws.positions, device=labels.device)
+            yield Batch(
+                weak=weak,
+                strong=strong,
+                labels=labels[positions],
+                valid_box=torch.tensor(draws.geometry.valid_box, device=labels.device),
+                index=positions,
+            )

@@ -1,0 +1,172 @@
+"""Inference: what scales, mirroring and labels do, counted by hand; loading; prefetching."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cosa_fast.config import ModelConfig, RuntimeConfig
+from cosa_fast.inference import (
+    chunks,
+    label_maps,
+    normalise,
+    predict,
+    predict_segmenter,
+    prefetch,
+    read_rgb,
+    square,
+    to_tensor,
+)
+from cosa_fast.models.cosa import CosaNet
+from cosa_fast.models.segmenter import Segmenter
+from cosa_fast.runtime import resolve
+
+CPU = resolve(RuntimeConfig(device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def net() -> CosaNet:
+    torch.manual_seed(0)
+    config = ModelConfig(name="mini_vit", pretrained=False, decoder_dim=8, decoder_dilation=2, aux_norm=True)
+    return CosaNet(config, num_classes=3, image_size=48, pretrained=False).eval()
+
+
+def test_predict_shapes_ranges_and_labels(net: CosaNet) -> None:
+    labels = torch.tensor([[1.0, 0, 1], [0, 0, 0]])
+    got = predict(net, torch.randn(2, 3, 48, 48), labels, (1.0, 0.5), True, CPU)
+    assert got.cams.shape == (2, 3, 48, 48)
+    assert got.seg.shape == (2, 4, 48, 48)
+    assert got.cams.min() >= 0
+    assert got.cams.max() <= 1
+    assert got.cams[0, 0].max() > 0.9  # present classes reach 1 somewhere
+    assert got.cams[labels == 0].abs().max() == 0
+
+
+def test_segmentation_knows_nothing_of_the_labels(net: CosaNet) -> None:
+    images = torch.randn(1, 3, 48, 48)
+    one, other = (predict(net, images, labels, (1.0,), True, CPU) for labels in (torch.ones(1, 3), torch.zeros(1, 3)))
+    assert torch.equal(one.seg, other.seg)
+    assert not torch.equal(one.cams, other.cams)
+
+
+def test_flip_makes_the_prediction_equivariant(net: CosaNet) -> None:
+    images, labels = torch.randn(1, 3, 48, 48), torch.ones(1, 3)
+    straight = predict(net, images, labels, (1.0, 0.5), True, CPU)
+    mirrored = predict(net, images.flip(-1), labels, (1.0, 0.5), True, CPU)
+    torch.testing.assert_close(mirrored.seg.flip(-1), straight.seg, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mirrored.cams.flip(-1), straight.cams, atol=1e-4, rtol=1e-4)
+
+
+def test_scales_add_up(net: CosaNet) -> None:
+    images, labels = torch.randn(1, 3, 48, 48), torch.ones(1, 3)
+    both = predict(net, images, labels, (1.0, 0.5), False, CPU).seg
+    one, half = (predict(net, images, labels, (scale,), False, CPU).seg for scale in (1.0, 0.5))
+    torch.testing.assert_close(both, one + half)
+
+
+class Constant(nn.Module):
+    """Logits that copy the first channel of the image: class 1 where it is positive."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        red = images[:, :1]
+        return torch.cat([-red, red, red.new_full(red.shape, -20.0)], dim=1)
+
+
+def test_segmenter_probabilities_add_up_over_scales_and_mirrors() -> None:
+    net = Segmenter(Constant(), stride=4)
+    images = torch.full((2, 3, 6, 10), 0.3)
+    total = predict_segmenter(net, images, (1.0, 0.5, 1.5), True, CPU)
+    assert total.shape == (2, 3, 6, 10)
+    expected = 6 * torch.tensor([-0.3, 0.3, -20.0]).softmax(0)
+    torch.testing.assert_close(total, expected.view(1, 3, 1, 1).expand_as(total))
+    images = torch.randn(1, 3, 6, 10)
+    assert torch.equal(predict_segmenter(net, images, (1.0,), False, CPU)[0].argmax(0), (images[0, 0] > 0).long())
+
+
+def test_label_maps() -> None:
+    scores = torch.zeros(4, 2, 2)
+    scores[3, 0, 0] = 5  # best of all, but absent
+    scores[1, 0, 0] = 1  # second best, present
+    scores[2, 0, 1] = 2  # absent, background is next
+    scores[0] += 0.5
+    free, filtered = label_maps(scores, (2, 2), torch.tensor([1.0, 0, 0]))
+    assert free.tolist() == [[3, 2], [0, 0]]
+    assert filtered.tolist() == [[1, 0], [0, 0]]
+    assert free.dtype == filtered.dtype == torch.uint8
+    nothing = label_maps(scores, (2, 2), torch.zeros(3))[1]
+    assert nothing.tolist() == [[0, 0], [0, 0]]  # the background is never masked
+
+
+def test_label_maps_resize_scores_not_labels() -> None:
+    """Half-way between a strong class 1 and a weak background the scores, not the labels, decide."""
+    scores = torch.tensor([[[1.0, 0.0]], [[0.0, 9.0]]])
+    free, _ = label_maps(scores, (1, 8), torch.ones(1))
+    assert free.tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]]  # third pixel: background 0.875, class 1 9 * 0.125
+    assert label_maps(scores, (5, 3), torch.ones(1))[0].shape == (5, 3)
+
+
+def test_loading(tmp_path: Path) -> None:
+    grey = PIL.Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4) * 20)
+    grey.save(tmp_path / "grey.png")
+    image = read_rgb(tmp_path / "grey.png")
+    assert image.mode == "RGB"
+    assert to_tensor(image).shape == (3, 3, 4)
+    assert to_tensor(image)[:, 1, 2].tolist() == [120, 120, 120]
+    assert square(image, 7).shape == (3, 7, 7)
+    values = normalise(to_tensor(image)[None], (0.5, 0.5, 0.5), (0.25, 0.5, 1.0), torch.device("cpu"))
+    expected = 120 / 255 - 0.5
+    assert values[0, :, 1, 2].tolist() == pytest.approx([expected / 0.25, expected / 0.5, expected])
+
+
+def test_a_broken_image_is_one_clear_error(tmp_path: Path) -> None:
+    PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:400])
+    for name, reason in [("half.jpg", ""), ("none.jpg", "No such file")]:
+        with pytest.raises(ValueError, match=rf"cannot read the image .*{name} \(.*{reason}.*run `cosa-fast index`"):
+            read_rgb(tmp_path / name)
+
+
+def test_prefetch_keeps_order_and_bounds() -> None:
+    started: list[int] = []
+
+    def work(item: int) -> int:
+        started.append(item)
+        time.sleep(0.002 * (item % 3))
+        return item * item
+
+    source = prefetch(work, count(), threads=3, ahead=5)
+    assert list(islice(source, 20)) == [item * item for item in range(20)]
+    assert max(started) <= 20 + 5
+    source.close()  # type: ignore[attr-defined]
+    assert all(not thread.name.startswith("ThreadPool") for thread in threading.enumerate())
+    assert list(prefetch(work, range(4), threads=2, ahead=10)) == [0, 1, 4, 9]
+
+
+def test_prefetch_passes_errors_on() -> None:
+    @dataclass
+    class Bad(Exception):
+        item: int
+
+    def work(item: int) -> int:
+        if item == 3:
+            raise Bad(item)
+        return item
+
+    source = prefetch(work, range(10), threads=2, ahead=2)
+    assert [next(source) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(Bad):
+        next(source)
+
+
+def test_chunks() -> None:
+    assert list(chunks(range(5), 2)) == [[0, 1], [2, 3], [4]]
+    assert list(chunks([], 2)) == []

@@ -1,0 +1,252 @@
+"""The Snakemake workflow: what runs, what runs again, what a person sees, and one real run of the whole pipeline."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / ".test/config/config.yaml"
+ALL = ["data index", "data masks", "train", "pseudo-labels", "multistage", "evaluate"]
+
+# Stands in for the command line: notes the call, makes the outputs, fails on demand.
+FAKE = """#!/usr/bin/env bash
+stage=$1
+[ "$1" = data ] && stage="$1 $2"
+echo "$stage|$*" >> calls
+while [ $# -gt 1 ]; do
+  [ "$1" = --log ] && log=$2
+  case $1 in --output|--csv|--panel) outputs+=("$2") ;; esac
+  shift
+done
+echo "12:00:00 $stage: started" | tee "$log" >&2
+if [ "$stage" = "$FAIL" ]; then
+  echo "cosa-fast $stage: error: no space left" | tee -a "$log" >&2
+  exit 1
+fi
+for output in "${outputs[@]}"; do
+  case $output in *.zarr|*_png) mkdir -p "$output"; output=$output/content ;; esac
+  echo $RANDOM > "$output"
+done
+"""
+
+
+def snakemake(folder: Path, *words: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the workflow in `folder`; stdout and stderr together, as on a terminal."""
+    return subprocess.run(
+        command(*words),
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def command(*words: str | Path) -> list[str]:
+    profile = ROOT / "profiles/default"
+    options = ["--snakefile", ROOT / "Snakefile", "--workflow-profile", profile, "--cores", "2"]
+    return [sys.executable, "-m", "snakemake", *map(str, [*options, *words])]
+
+
+class Pretended:
+    """A folder in which the stages are stand-ins."""
+
+    def __init__(self, folder: Path, bin_folder: Path) -> None:
+        self.folder, self.bin_folder = folder, bin_folder
+
+    def run(self, *words: str | Path, fail: str = "") -> subprocess.CompletedProcess[str]:
+        (self.folder / "calls").unlink(missing_ok=True)
+        path = f"{self.bin_folder}{os.pathsep}{os.environ['PATH']}"
+        return snakemake(self.folder, *words, PATH=path, FAIL=fail)
+
+    @property
+    def calls(self) -> dict[str, str]:
+        """Stage and command line of each call of the last run, in order."""
+        path = self.folder / "calls"
+        return dict(line.split("|", 1) for line in path.read_text().splitlines()) if path.exists() else {}
+
+
+@pytest.fixture(scope="module")
+def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bin")
+    (folder / "cosa-fast").write_text(FAKE)
+    (folder / "cosa-fast").chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def pretended(tmp_path: Path, bin_folder: Path) -> Pretended:
+    """An empty folder."""
+    return Pretended(tmp_path, bin_folder)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, bin_folder: Path) -> Pretended:
+    """A folder in which everything has run."""
+    pretended = Pretended(tmp_path_factory.mktemp("finished"), bin_folder)
+    done = pretended.run("--configfile", TINY)
+    assert done.returncode == 0, done.stdout
+    return pretended
+
+
+@pytest.mark.parametrize("words", [["snakemake", "--lint"], ["snakefmt", "--check", "Snakefile", "workflow"]])
+def test_lint(words: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_stages_run_in_order_and_masks_are_checked_before_training(finished: Pretended) -> None:
+    assert list(finished.calls) == ALL
+    assert "--masks" not in finished.calls["train"]
+    results = finished.folder / "results/test"
+    assert {path.stem for path in (results / "benchmarks").iterdir()} == {
+        "index",
+        "masks",
+        "train",
+        "pseudo_labels",
+        "multistage",
+        "evaluate",
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "stages"),
+    [
+        ("threads=2", []),
+        ("coco={year: 2017}", []),  # another dataset's
+        ("eval={panel_images: 3}", ALL[5:]),
+        ("multistage={lr: 0.002}", ALL[4:]),
+        ("pseudo={shard: 8}", ALL[3:]),
+        ("cosa={swap: false}", ALL[2:]),
+        ("train={seed: 5}", ALL[2:]),
+        ("minivoc={seed: 5}", ALL),
+    ],
+)
+def test_a_changed_key_runs_again_what_depends_on_it(
+    change: str, stages: list[str], finished: Pretended, tmp_path: Path
+) -> None:
+    again = Pretended(tmp_path / "copy", finished.bin_folder)
+    shutil.copytree(finished.folder, again.folder)
+    done = again.run("--configfile", TINY, "--config", change)
+    assert done.returncode == 0, done.stdout
+    assert list(again.calls) == stages
+
+
+def test_the_demo_runs_without_a_named_configuration(pretended: Pretended) -> None:
+    shutil.copytree(ROOT / "config", pretended.folder / "config")
+    assert pretended.run("results/voc_val_miou.txt").returncode == 0
+    assert "--model.name 'mini_vit'" in pretended.calls["train"].replace("mini_vit", "'mini_vit'")
+    assert (pretended.folder / "results/voc_panel.png").exists()
+
+
+def test_a_named_preset_is_not_laid_over_the_demo(pretended: Pretended) -> None:
+    shutil.copytree(ROOT / "config", pretended.folder / "config")
+    done = pretended.run("--configfile", "config/coco.yaml", "config/release.yaml", "--", "results/coco_val_miou.txt")
+    assert done.returncode == 0, done.stdout
+    train = pretended.calls["train"]
+    assert "--model.name vit_base_patch16_224.orig_in21k_ft_in1k" in train
+    assert "--train.iterations 60000" in train
+    assert "--cosa.ignore-band 0.25 0.7" in train
+    assert "--coco.root data/coco" in pretended.calls["data index"]
+
+
+def test_without_evaluation_no_mask_is_looked_for(pretended: Pretended) -> None:
+    done = pretended.run("--configfile", TINY, "--config", "voc={root: mine, train_split: all, eval_splits: []}")
+    assert done.returncode == 0, done.stdout
+    assert list(pretended.calls) == ["data index", "train", "pseudo-labels", "multistage"]
+
+
+def test_only_the_oracle_trains_with_masks(pretended: Pretended) -> None:
+    pretended.run("--configfile", TINY, "--config", "cosa={guidance: gt}", "--", "results/test/cosa.safetensors")
+    assert "--masks results/test/data/masks.json" in pretended.calls["train"]
+
+
+def test_a_failed_stage_has_the_last_word_and_the_rest_is_kept(pretended: Pretended) -> None:
+    done = pretended.run("--configfile", TINY, fail="multistage")
+    assert done.returncode == 1
+    assert "cosa-fast multistage: error: no space left" in done.stdout.splitlines()[-8:]
+    again = pretended.run("--configfile", TINY)
+    assert again.returncode == 0, again.stdout
+    assert list(pretended.calls) == ALL[4:]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("trian: {iterations: 5}", "bad.yaml: unknown key 'trian'; config/README.md lists every key"),
+        ("train: {iterations: 0}", "bad.yaml: train.iterations = 0: Input should be greater than 0"),
+    ],
+)
+def test_a_bad_configuration_stops_at_once(content: str, message: str, pretended: Pretended) -> None:
+    (pretended.folder / "bad.yaml").write_text(content)
+    done = pretended.run("--configfile", "bad.yaml")
+    assert done.returncode == 1
+    assert message in done.stdout.splitlines()
+    assert len(done.stdout.splitlines()) <= 5, done.stdout
+    assert not pretended.calls
+
+
+def fingerprint(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of the whole pipeline on the tiny configuration, for real."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    done = snakemake(folder, "--configfile", TINY)
+    assert done.returncode == 0, done.stdout
+    return folder / "results/test"
+
+
+def test_the_whole_pipeline(pipeline: Path) -> None:
+    text = (pipeline / "voc_val_miou.txt").read_text()
+    assert "synthetic" in text.splitlines()[0].lower()
+    for expected in ["MiniVOC", "val", "label-free", "label-filtered"]:
+        assert expected.lower() in text.lower()
+    classes = ["background", "aeroplane", "tvmonitor"]
+    table = (pipeline / "per_class_iou.csv").read_text()
+    assert not [name for name in classes if name not in table]
+    assert (pipeline / "voc_panel.png").read_bytes().startswith(b"\x89PNG")
+    for stage in ["index", "masks", "train", "pseudo_labels", "multistage", "evaluate"]:
+        assert "finished in" in (pipeline / f"logs/{stage}.log").read_text()
+    again = snakemake(pipeline.parents[1], "--configfile", TINY)
+    assert "Nothing to be done" in again.stdout
+
+
+def test_pseudo_labels_are_exported_on_request(pipeline: Path) -> None:
+    done = snakemake(pipeline.parents[1], "--configfile", TINY, "--", "results/test/pseudo_labels_png")
+    assert done.returncode == 0, done.stdout
+    assert len(list((pipeline / "pseudo_labels_png").glob("*.png"))) == 48
+
+
+def test_killed_in_the_middle_of_training_it_continues_to_the_same_weights(pipeline: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(pipeline.parents[1] / "data")  # MiniVOC is there already
+    words = ["--configfile", TINY, "--", "results/test/cosa.safetensors"]
+    process = subprocess.Popen(
+        command(*words), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    state = tmp_path / "results/test/.resume/cosa/state.pt"
+    deadline = time.monotonic() + 120
+    while not state.exists():
+        assert process.poll() is None, "the training ended before its first checkpoint was seen"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)  # Snakemake and everything it started
+    process.wait()
+    checkpoint = tmp_path / "results/test/cosa.safetensors"
+    assert not checkpoint.exists()
+
+    done = snakemake(tmp_path, *words)
+    assert done.returncode == 0, done.stdout
+    assert "continuing from iteration" in (tmp_path / "results/test/logs/train.log").read_text()
+    assert fingerprint(checkpoint) == fingerprint(pipeline / "cosa.safetensors")

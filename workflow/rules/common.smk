@@ -1,0 +1,62 @@
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from cosa_fast.config import config_from_mapping, to_flags
+
+try:
+    CONFIG = config_from_mapping(
+        config, source=", ".join(map(os.path.relpath, workflow.configfiles)) or "config"
+    )
+except ValueError as error:
+    raise WorkflowError(str(error)) from None
+
+# Snakemake started by its path, without its environment activated.
+if shutil.which("cosa-fast") is None:
+    os.environ.update(
+        PATH=os.pathsep.join([str(Path(sys.executable).parent), *os.get_exec_path()])
+    )
+
+RESULTS = CONFIG.results
+CACHE = Path("data")  # generated or derived once, whatever the results folder
+
+# Only the settings that the index depends on: a change elsewhere must not index, and so train, again.
+if CONFIG.data.dataset == "coco":
+    DATASET = CONFIG.coco
+    EMBEDDED = False
+    DATASET_SECTIONS = ["data", "coco"]
+else:
+    DATASET = CONFIG.voc
+    EMBEDDED = DATASET.root is None and not DATASET.download
+    DATASET_SECTIONS = ["data", "voc", "minivoc"] if EMBEDDED else ["data", "voc"]
+
+INDEX = RESULTS / "data/index.json"
+MASKS = RESULTS / "data/masks.json"
+CHECKPOINT = RESULTS / "cosa.safetensors"
+STORE = RESULTS / "pseudo_labels.zarr"
+SEGMENTER = RESULTS / "segmenter.safetensors"
+RESUME = (
+    RESULTS / ".resume"
+)  # not an output: Snakemake deletes the outputs of a failed job
+
+SCORED = bool(DATASET.eval_splits)
+FIRST_SPLIT = "val" if EMBEDDED else next(iter(DATASET.eval_splits), None)
+MIOU = RESULTS / f"{CONFIG.data.dataset}_{FIRST_SPLIT}_miou.txt"
+PER_CLASS = RESULTS / "per_class_iou.csv"
+PANEL = RESULTS / f"{CONFIG.data.dataset}_panel.png"
+PRODUCTS = [MIOU, PER_CLASS, PANEL] if SCORED else [STORE, SEGMENTER]
+
+ORACLE = CONFIG.cosa.guidance == "gt"
+GPUS = (
+    0 if CONFIG.runtime.device == "cpu" else 1
+)  # what a cluster is asked for; no limit elsewhere
+
+
+def stage_error(logs: Path) -> str:
+    """What the stage that ran last had to say: Snakemake prints its whole command line after it."""
+    files = sorted(logs.glob("*.log"), key=lambda file: file.stat().st_mtime)
+    text = files[-1].read_text() if files else ""
+    return "".join(text.partition("cosa-fast ")[1:]) if "error:" in text else ""

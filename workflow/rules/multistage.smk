@@ -1,0 +1,24 @@
+rule multistage:
+    input:
+        index=INDEX,
+        store=STORE,
+    output:
+        segmenter=SEGMENTER,
+    log:
+        RESULTS / "logs/multistage.log",
+    benchmark:
+        RESULTS / "benchmarks/multistage.tsv"
+    conda:
+        "../envs/cosa.yaml"
+    threads: CONFIG.threads
+    resources:
+        gpu=GPUS,
+    params:
+        resume=RESUME / "segmenter",
+        flags=to_flags(CONFIG, "multistage", "runtime"),
+    message:
+        "Training a segmentation network on the pseudo-labels"
+    shell:
+        "cosa-fast multistage --threads {threads} --log {log}"
+        " --index {input.index} --store {input.store}"
+        " --output {output.segmenter} --resume {params.resume} {params.flags}"

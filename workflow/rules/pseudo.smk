@@ -1,0 +1,38 @@
+rule pseudo_labels:
+    input:
+        index=INDEX,
+        checkpoint=CHECKPOINT,
+    output:
+        store=directory(STORE),
+    log:
+        RESULTS / "logs/pseudo_labels.log",
+    benchmark:
+        RESULTS / "benchmarks/pseudo_labels.tsv"
+    conda:
+        "../envs/cosa.yaml"
+    threads: CONFIG.threads
+    resources:
+        gpu=GPUS,
+    params:
+        flags=to_flags(CONFIG, "pseudo", "runtime"),
+    message:
+        "Writing the pseudo-labels of the training images"
+    shell:
+        "cosa-fast pseudo-labels --threads {threads} --log {log}"
+        " --index {input.index} --checkpoint {input.checkpoint} --output {output.store} {params.flags}"
+
+
+# On request: snakemake --cores all results/pseudo_labels_png
+rule export:
+    input:
+        store=STORE,
+    output:
+        folder=directory(RESULTS / "pseudo_labels_png"),
+    log:
+        RESULTS / "logs/export.log",
+    conda:
+        "../envs/cosa.yaml"
+    message:
+        "Exporting the pseudo-labels as PNG"
+    shell:
+        "cosa-fast export --log {log} --store {input.store} --output {output.folder}"

@@ -1,0 +1,27 @@
+rule train:
+    input:
+        index=INDEX,
+        masks=MASKS if ORACLE else [],
+    output:
+        checkpoint=CHECKPOINT,
+    log:
+        RESULTS / "logs/train.log",
+    benchmark:
+        RESULTS / "benchmarks/train.tsv"
+    conda:
+        "../envs/cosa.yaml"
+    threads: CONFIG.threads
+    resources:
+        gpu=GPUS,
+    params:
+        resume=RESUME / "cosa",
+        masks="--masks" if ORACLE else "",
+        flags=to_flags(
+            CONFIG, "augment", "loader", "model", "cosa", "optim", "train", "runtime"
+        ),
+    message:
+        "Training CoSA from image-level labels"
+    shell:
+        "cosa-fast train --threads {threads} --log {log}"
+        " --index {input.index} {params.masks} {input.masks}"
+        " --output {output.checkpoint} --resume {params.resume} {params.flags}"

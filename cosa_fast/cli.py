@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("OMP_NUM_THREADS", str(stage.threads))
         started = time.perf_counter()
-        logger.info("%s: started (cosa-fast %s, %d threads)", chosen.command, __version__, stage.threads)
+        logger.info("%s: started (cosa-fast %s, threads %d)", chosen.command, __version__, stage.threads)
         stage.run()
         logger.info("%s: finished in %s, %s", chosen.command, _duration(time.perf_counter() - started), _peak_memory())
     except BadFlag as error:
@@ -175,15 +175,12 @@ def _duration(seconds: float) -> str:
 
 
 def _peak_memory() -> str:
-    """Peak resident memory of this process and of its largest worker, and of the GPU if one was used."""
-    kibibytes = {who: resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)}
-    parts = [f"peak memory {kibibytes[resource.RUSAGE_SELF] / 2**20:.2f} GiB"]
-    if kibibytes[resource.RUSAGE_CHILDREN]:
-        parts.append(f"largest worker {kibibytes[resource.RUSAGE_CHILDREN] / 2**20:.2f} GiB")
+    """Peak resident memory of this process, and of the GPU if one was used."""
+    text = f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
-        parts.append(f"GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
-    return ", ".join(parts)
+        text += f", GPU {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB"
+    return text
 
 
 if __name__ == "__main__":

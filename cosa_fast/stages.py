@@ -109,7 +109,7 @@ class Masks(Stage):
     """The folder given to `cosa-fast data index`."""
 
     def run(self) -> None:
-        from cosa_fast.data.prepare import prepare_masks
+        from cosa_fast.data.masks import prepare_masks
 
         prepare_masks(self.index, self.output, self.cache, threads=self.threads)
 

@@ -143,7 +143,7 @@ def test_a_stage_tells_its_time_and_memory(
     assert cli.main([*TRAIN, "--log", str(log)]) == 0
     text = capsys.readouterr().err
     assert log.read_text() == text
-    assert re.search(r"^\d\d:\d\d:\d\d train: started \(cosa-fast \S+, 2 threads\)$", text, re.MULTILINE)
+    assert re.search(r"^\d\d:\d\d:\d\d train: started \(cosa-fast \S+, threads 2\)$", text, re.MULTILINE)
     assert re.search(r"train: finished in \d+\.\d s, peak memory \d+\.\d\d GiB", text)
 
 

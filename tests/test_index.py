@@ -100,8 +100,13 @@ def test_size_is_the_stored_one_whatever_xml_and_exif_say(tmp_path: Path, caplog
     with caplog.at_level(logging.WARNING):
         index = index_voc(tmp_path, root)
     assert [(image.width, image.height) for split in index.splits.values() for image in split] == [(12, 8)] * 3
-    assert "1 images differ" in caplog.text
+    assert "in the XML of 1 images is wrong and ignored" in caplog.text
     assert "(99, 8)" in caplog.text
+
+
+def test_training_on_evaluation_images_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    index_voc(tmp_path, small_voc(tmp_path / "voc"), train_split="trainval")
+    assert "1 images of the evaluation split val are also trained on" in caplog.text
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
@@ -271,6 +276,16 @@ def test_truncated_jpeg(tmp_path: Path) -> None:
     (root / "JPEGImages/a.jpg").write_bytes(content[: len(content) * 3 // 4])
     bad_voc(tmp_path, "JPEGImages/a.jpg cannot be read: .*truncated", root)
     index_voc(tmp_path, root, verify="header")  # as documented: a header check does not see it
+
+
+def test_jpeg_with_damaged_content(tmp_path: Path) -> None:
+    root = small_voc(tmp_path / "voc")
+    path = root / "JPEGImages/a.jpg"
+    write_jpeg(path, 200, 150)
+    content = bytearray(path.read_bytes())
+    content[5000:6000] = np.random.default_rng(0).bytes(1000)
+    path.write_bytes(content)
+    bad_voc(tmp_path, "JPEGImages/a.jpg cannot be read: broken data stream", root)
 
 
 @pytest.mark.parametrize("verify", ["decode", "header"])

@@ -122,7 +122,7 @@ def test_stages_run_in_order_and_masks_are_checked_before_training(finished: Pre
     ("change", "stages"),
     [
         ("threads=2", []),
-        ("coco={year: 2017}", []),  # another dataset's
+        ("coco={root: elsewhere}", []),  # another dataset's
         ("eval={panel_images: 3}", ALL[5:]),
         ("multistage={lr: 0.002}", ALL[4:]),
         ("pseudo={shard: 8}", ALL[3:]),
@@ -144,7 +144,7 @@ def test_a_changed_key_runs_again_what_depends_on_it(
 def test_the_demo_runs_without_a_named_configuration(pretended: Pretended) -> None:
     shutil.copytree(ROOT / "config", pretended.folder / "config")
     assert pretended.run("results/voc_val_miou.txt").returncode == 0
-    assert "--model.name 'mini_vit'" in pretended.calls["train"].replace("mini_vit", "'mini_vit'")
+    assert "--model.name mini_vit" in pretended.calls["train"]
     assert (pretended.folder / "results/voc_panel.png").exists()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -62,31 +62,63 @@ def views(plan: Plan, config: LoaderConfig, start: int, device: torch.device) ->
         iteration += 1
 
 
+class _Inputs(NamedTuple):
+    """What the pipeline is fed: arrays with one entry per image, and inside the pipeline their nodes."""
+
+    path: Any
+    """Bytes of the file's path."""
+    window_start: Any
+    """(2,) y, x of the window of the file that is decoded."""
+    window_shape: Any
+    """(2,) its height and width."""
+    roi_start: Any
+    """(2,) y, x in the window where the visible part starts, mirrored images: on the right."""
+    roi_end: Any
+    """(2,) and where it ends."""
+    size: Any
+    """(2,) height and width of the visible part in the crop."""
+    corner: Any
+    """(1, 2) y, x of its corner in the crop."""
+    blurred: Any
+    blur_kernel: Any
+    """(taps, 1)."""
+    operation: Any
+    factor: Any
+    """Of Color, Contrast and Brightness."""
+    sharpness_kernel: Any
+    """(3, 3)."""
+    solarize_threshold: Any
+    posterize_mask: Any
+
+
 @dataclass(frozen=True)
 class _Source:
-    """What the pipeline reads for each batch. DALI asks ahead, by number: prefetching loses nothing on resume."""
+    """Feeds batch `start`, `start + 1`, ... DALI asks ahead, by number: prefetching loses nothing on resume."""
 
     plan: Plan
     start: int
 
-    def __call__(self, step: int) -> tuple[Any, ...]:
+    def __call__(self, step: int) -> _Inputs:
         draws = self.plan.draws(self.start + step)
-        geometry = draws.geometry
-        box = geometry.valid_box
+        window_start, window_shape, roi_start, roi_end = _decode_window(draws.geometry)
+        box = draws.geometry.valid_box
         magnitudes = draws.magnitude.tolist()
         factors = [enhance_factor(magnitude) for magnitude in magnitudes]
-        return (
-            [np.frombuffer(os.fsencode(self.plan.paths[position]), np.uint8) for position in draws.positions],
-            *_decode_window(geometry),
-            np.ascontiguousarray(box[:, [1, 3]] - box[:, [0, 2]], np.float32),
-            np.ascontiguousarray(box[:, None, [0, 2]], np.int32),
-            draws.blur > 0,
-            [blur_kernel(sigma)[:, None] for sigma in draws.blur],
-            draws.operation.astype(np.int32),
-            np.array(factors, np.float32),
-            np.stack([sharpness_kernel(factor) for factor in factors]),
-            np.array([solarize_threshold(magnitude) for magnitude in magnitudes], np.uint8),
-            np.array([256 - (256 >> posterize_bits(magnitude)) for magnitude in magnitudes], np.uint8),
+        return _Inputs(
+            path=[np.frombuffer(os.fsencode(self.plan.paths[position]), np.uint8) for position in draws.positions],
+            window_start=window_start,
+            window_shape=window_shape,
+            roi_start=roi_start,
+            roi_end=roi_end,
+            size=np.ascontiguousarray(box[:, [1, 3]] - box[:, [0, 2]], np.float32),
+            corner=np.ascontiguousarray(box[:, None, [0, 2]], np.int32),
+            blurred=draws.blur > 0,
+            blur_kernel=[blur_kernel(sigma)[:, None] for sigma in draws.blur],
+            operation=draws.operation.astype(np.int32),
+            factor=np.array(factors, np.float32),
+            sharpness_kernel=np.stack([sharpness_kernel(factor) for factor in factors]),
+            solarize_threshold=np.array([solarize_threshold(magnitude) for magnitude in magnitudes], np.uint8),
+            posterize_mask=np.array([256 - (256 >> posterize_bits(magnitude)) for magnitude in magnitudes], np.uint8),
         )
 
 
@@ -114,52 +146,41 @@ def _decode_window(geometry: Geometry) -> tuple[NDArray[Any], NDArray[Any], NDAr
 
 @pipeline_def(enable_conditionals=True)
 def _pipeline(source: _Source, config: AugmentConfig, on_gpu: bool) -> tuple[DataNode, DataNode, DataNode]:
-    """(weak, strong, shape of the file) per sample; the images on the GPU if `on_gpu`."""
-    (
-        path,
-        window_start,
-        window_shape,
-        roi_start,
-        roi_end,
-        size,
-        corner,
-        blurred,
-        kernel,
-        operation,
-        factor,
-        sharpness,
-        threshold,
-        mask,
-    ) = fn.external_source(source, num_outputs=14)
-    encoded = fn.io.file.read(path)
-    shape = fn.peek_image_shape(encoded, adjust_orientation=False)
-    image = fn.decoders.image_slice(
+    """(weak, strong, shape of the file) per sample; the views on the GPU if `on_gpu`."""
+    inputs = _Inputs(*fn.external_source(source, num_outputs=len(_Inputs._fields)))
+    encoded = fn.io.file.read(inputs.path)  # type: ignore[attr-defined]
+    image: Any = fn.decoders.image_slice(
         encoded,
         device="mixed" if on_gpu else "cpu",
-        output_type=types.RGB,
+        output_type=types.DALIImageType.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,
-        start=window_start,
-        shape=window_shape,
+        start=inputs.window_start,
+        shape=inputs.window_shape,
         axis_names="HW",
     )
-    image = fn.resize(image, size=size, roi_start=roi_start, roi_end=roi_end, antialias=True)
-    image = fn.multi_paste(image, output_size=(config.crop, config.crop), out_anchors=corner)
-    if on_gpu:
-        kernel, sharpness = kernel.gpu(), sharpness.gpu()
-    if blurred:
-        across = fn.transpose(kernel, perm=[1, 0])
-        image = fn.filter(fn.filter(image, kernel, border="clamp"), across, border="clamp")
+    image = fn.resize(image, size=inputs.size, roi_start=inputs.roi_start, roi_end=inputs.roi_end, antialias=True)
+    image = fn.multi_paste(image, output_size=(config.crop, config.crop), out_anchors=inputs.corner)
+    if inputs.blurred:
+        kernel = inputs.blur_kernel.gpu() if on_gpu else inputs.blur_kernel
+        image = fn.filter(image, kernel, border="clamp")
+        image = fn.filter(image, fn.transpose(kernel, perm=[1, 0]), border="clamp")
     weak = _normalise(image, config)
+    strong = _normalise(_strengthen(image, inputs, on_gpu), config)
+    return weak, strong, fn.peek_image_shape(encoded, adjust_orientation=False)
 
-    white = types.Constant(255, dtype=types.UINT8)
+
+def _strengthen(image: Any, inputs: _Inputs, on_gpu: bool) -> Any:
+    """`photometric.strengthen` in DALI's operators."""
+    white = types.Constant(255, dtype=types.DALIDataType.UINT8)
+    operation, factor = inputs.operation, inputs.factor
     if operation == Operation.AUTO_CONTRAST.value:
         image = augmentations.auto_contrast(image)
     elif operation == Operation.EQUALIZE.value:
         # DALI equalizes like OpenCV, whose table leaves out the darkest value where PIL's leaves out the brightest.
         image = white - fn.equalize(white - image)
     elif operation == Operation.SOLARIZE.value:
-        image = image ^ (image >= threshold) * white
+        image = image ^ (image >= inputs.solarize_threshold) * white
     elif operation == Operation.COLOR.value:
         image = fn.cast_like(image * factor + _grey(image) * (1 - factor), image)
     elif operation == Operation.CONTRAST.value:
@@ -167,10 +188,10 @@ def _pipeline(source: _Source, config: AugmentConfig, on_gpu: bool) -> tuple[Dat
     elif operation == Operation.BRIGHTNESS.value:
         image = fn.brightness(image, brightness=factor)
     elif operation == Operation.SHARPNESS.value:
-        image = fn.filter(image, sharpness)
+        image = fn.filter(image, inputs.sharpness_kernel.gpu() if on_gpu else inputs.sharpness_kernel)
     elif operation == Operation.POSTERIZE.value:
-        image = image & mask
-    return weak, _normalise(image, config), shape
+        image = image & inputs.posterize_mask
+    return image
 
 
 def _normalise(image: DataNode, config: AugmentConfig) -> DataNode:
@@ -179,12 +200,12 @@ def _normalise(image: DataNode, config: AugmentConfig) -> DataNode:
         image,
         mean=[255 * channel for channel in config.mean],
         std=[255 * channel for channel in config.std],
-        dtype=types.FLOAT,
+        dtype=types.DALIDataType.FLOAT,
     )
 
 
 def _grey(image: DataNode) -> DataNode:
-    return fn.color_space_conversion(image, image_type=types.RGB, output_type=types.GRAY)
+    return fn.color_space_conversion(image, image_type=types.DALIImageType.RGB, output_type=types.DALIImageType.GRAY)
 
 
 def _find_unreadable(plan: Plan, iteration: int, ahead: int) -> None:

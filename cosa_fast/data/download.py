@@ -114,7 +114,6 @@ def download_voc(root: Path, *, train_aug: bool) -> None:
         if needs_voc:
             archive = _fetch(VOC_TRAINVAL, staging)
             _unpack(archive, staging, root, "VOCdevkit/VOC2012/", folders)
-        # VOC's own lists may include one; only now is that known.
         if needs_sbd:
             _convert_sbd(_fetch(SBD, staging), staging, root)
 
@@ -305,7 +304,7 @@ def _convert_sbd(archive: Path, staging: Path, root: Path) -> None:
         path = PurePosixPath(name)
         if path.name in ("train.txt", "val.txt"):
             ids.update(stream.read().decode().split())
-        elif path.parent.name == "cls" and path.suffix == ".mat" and path.stem not in voc_train | voc_val:
+        elif path.parent.name == "cls" and path.suffix == ".mat" and path.stem not in voc_val:
             mask = loadmat(io.BytesIO(stream.read()), variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
             image = PilImage.fromarray(mask.astype("uint8"))
             image.putpalette(palette)

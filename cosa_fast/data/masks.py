@@ -75,11 +75,11 @@ def load_masks(path: Path, index: Path | None = None) -> Masks:
     Raises:
         ValueError: the file is missing, not JSON, of another schema, or made for another index than `index`.
     """
-    content = read_json(path, "mask list", "run `cosa-fast masks`")
+    content = read_json(path, "mask list", "run `cosa-fast data masks`")
     if content.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is not a mask list of schema {SCHEMA}: make it again with `cosa-fast masks`")
+        raise ValueError(f"{path} is not a mask list of schema {SCHEMA}: make it again with `cosa-fast data masks`")
     if index is not None and content["index_sha256"] != sha256(index):
-        raise ValueError(f"{path} was made for another index than {index}: make it again with `cosa-fast masks`")
+        raise ValueError(f"{path} was made for another index than {index}: make it again with `cosa-fast data masks`")
     return Masks(content["index_sha256"], tuple(content["complete"]), content["masks"])
 
 

@@ -111,7 +111,7 @@ def _verify(listing: Listing, *, decode: bool, threads: int) -> dict[str, tuple[
         problems.extend(dict.fromkeys(differing))
     elif differing:
         logger.warning(
-            "%d images differ in (width, height) from their XML, the image counts; the first: %s",
+            "the (width, height) in the XML of %d images is wrong and ignored; the first: %s",
             len(differing),
             differing[0],
         )

@@ -64,7 +64,7 @@ def read_image(path: str, size: tuple[int, int]) -> Image.Image:
     except (OSError, SyntaxError) as error:  # PIL reports some damaged files as SyntaxError
         raise ValueError(f"cannot decode {path} ({error}): restore the file, then run again to resume") from None
     raise ValueError(
-        f"{path} has height and width {found} but {size} in the index: make it again with `cosa-fast index`"
+        f"{path} has height and width {found} but {size} in the index: make it again with `cosa-fast data index`"
     )
 
 

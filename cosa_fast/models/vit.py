@@ -25,9 +25,9 @@ class MiniViT(VisionTransformer):
     """
 
     def __init__(self, image_size: int) -> None:
-        dim, heads = 96, 4
+        dim, heads, stride = 96, 4, 8
         super().__init__(
-            img_size=image_size,
+            img_size=max(1, round(image_size / stride)) * stride,
             patch_size=1,
             embed_layer=partial(HybridEmbed, backbone=_conv_stem(dim), proj=False),
             embed_dim=dim,

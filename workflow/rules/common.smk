@@ -7,10 +7,16 @@ from snakemake.exceptions import WorkflowError
 
 from cosa_fast.config import config_from_mapping, to_flags
 
-try:
-    CONFIG = config_from_mapping(
-        config, source=", ".join(map(os.path.relpath, workflow.configfiles)) or "config"
+# The shorter of absolute and relative: what a person would have typed.
+SOURCE = (
+    ", ".join(
+        min(str(file), os.path.relpath(file), key=len) for file in workflow.configfiles
     )
+    or "config"
+)
+
+try:
+    CONFIG = config_from_mapping(config, SOURCE)
 except ValueError as error:
     raise WorkflowError(str(error)) from None
 
@@ -59,4 +65,4 @@ def stage_error(logs: Path) -> str:
     """What the stage that ran last had to say: Snakemake prints its whole command line after it."""
     files = sorted(logs.glob("*.log"), key=lambda file: file.stat().st_mtime)
     text = files[-1].read_text() if files else ""
-    return "".join(text.partition("cosa-fast ")[1:]) if "error:" in text else ""
+    return "".join(text.partition("\ncosa-fast ")[1:]).strip()

@@ -1,0 +1,145 @@
+"""The `train` stage on a tiny MiniVOC: no masks, resumable, both loaders, impossible settings said first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cosa_fast.config import (
+    AugmentConfig,
+    CocoConfig,
+    CosaConfig,
+    DataConfig,
+    LoaderConfig,
+    MiniVocConfig,
+    ModelConfig,
+    OptimConfig,
+    RuntimeConfig,
+    TrainConfig,
+    VocConfig,
+)
+from cosa_fast.data.index import Index
+from cosa_fast.data.masks import prepare_masks
+from cosa_fast.data.prepare import prepare_index
+from cosa_fast.models.checkpoint import load_cosa
+from cosa_fast.training import single_stage
+
+MINIVOC = MiniVocConfig(train=24, val=4, test=4, size=64)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An indexed MiniVOC."""
+    root = tmp_path_factory.mktemp("minivoc")
+    path = root / "index.json"
+    prepare_index(
+        path, root / "cache", data=DataConfig(), voc=VocConfig(), coco=CocoConfig(), minivoc=MINIVOC, threads=1
+    )
+    return path
+
+
+def sections(**changes: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run of 12 iterations; `changes` per section."""
+    base: dict[str, Any] = {
+        "augment": {"crop": 48, "scale": (0.7, 1.3)},
+        "loader": {"backend": "torch", "workers": 0},
+        "model": {"name": "mini_vit", "aux_block": 0, "aux_norm": True, "decoder_dim": 8, "decoder_dilation": 1},
+        "cosa": {"scales": (1.0,), "flip": False, "label_size": 24, "momentum": 0.9},
+        "optim": {"lr": 1e-3, "warmup": 2},
+        "train": {
+            "iterations": 12, "batch_size": 4, "c2s_start": 2, "guidance_start": 4, "checkpoint_every": 4, "log_every": 4
+        },
+        "runtime": {"device": "cpu"},
+    }  # fmt: skip
+    kinds = {
+        "augment": AugmentConfig, "loader": LoaderConfig, "model": ModelConfig, "cosa": CosaConfig,
+        "optim": OptimConfig, "train": TrainConfig, "runtime": RuntimeConfig,
+    }  # fmt: skip
+    return {name: kind(**{**base[name], **changes.get(name, {})}) for name, kind in kinds.items()}
+
+
+def run(index: Path, folder: Path, masks: Path | None = None, **changes: dict[str, Any]) -> Path:
+    output = folder / "cosa.safetensors"
+    single_stage.train(index, output, folder / "resume", masks, **sections(**changes), threads=1)
+    return output
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_trains_with_no_mask_on_disk(index: Path, tmp_path: Path) -> None:
+    blind = tmp_path / "blind"
+    content = json.loads(index.read_text())
+    shutil.copytree(content["root"], blind)
+    shutil.rmtree(blind / "SegmentationClass")
+    (tmp_path / "index.json").write_text(json.dumps({**content, "root": str(blind)}))
+    assert "SegmentationClass" not in (tmp_path / "index.json").read_text()
+    checkpoint = load_cosa(run(tmp_path / "index.json", tmp_path))
+    assert checkpoint.classes == Index.load(index).classes
+    assert checkpoint.config["cosa"]["label_size"] == 24
+    assert not (tmp_path / "resume/state.pt").exists()
+    last = json.loads((tmp_path / "resume/metrics.jsonl").read_text().splitlines()[-1])
+    assert {"cls", "cls_aux", "c2s", "c2s_aux", "s2c", "csc", "loss", "threshold"} <= set(last)
+
+
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+def test_a_stopped_run_continues_to_the_same_file(
+    index: Path, tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    loader = {"backend": backend, "workers": 1}
+    whole = run(index, tmp_path / "whole", loader=loader)
+    step = single_stage.CosaTrainer.step
+
+    def stopping(self: Any, iteration: int, batch: Any) -> Any:
+        if iteration == 9:
+            raise KeyboardInterrupt
+        return step(self, iteration, batch)
+
+    monkeypatch.setattr(single_stage.CosaTrainer, "step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(index, tmp_path / "parts", loader=loader)
+    monkeypatch.setattr(single_stage.CosaTrainer, "step", step)
+    assert (tmp_path / "parts/resume/state.pt").exists()
+    assert digest(run(index, tmp_path / "parts", loader=loader)) == digest(whole)
+
+
+def test_another_seed_gives_other_weights(index: Path, tmp_path: Path) -> None:
+    assert digest(run(index, tmp_path / "a")) != digest(run(index, tmp_path / "b", train={"seed": 1}))
+
+
+def test_the_oracle_reads_masks_in_the_geometry_of_the_crops(index: Path, tmp_path: Path) -> None:
+    masks = index.with_name("masks.json")
+    prepare_masks(index, masks, index.with_name("cache"), threads=1)
+    run(index, tmp_path, masks, cosa={"guidance": "gt"})
+    with pytest.raises(ValueError, match="needs the training masks"):
+        run(index, tmp_path / "none", cosa={"guidance": "gt"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"augment": {"crop": 50}}, "augment.crop = 50 must be a multiple of the model's stride 8: try 48"),
+        ({"cosa": {"label_size": 64}}, "cosa.label_size = 64 is larger than augment.crop = 48"),
+        ({"runtime": {"device": "cuda:9"}}, "CUDA devices: use auto or cpu"),
+        ({"runtime": {"device": "gpu"}}, "is not a device"),
+    ],
+)
+def test_impossible_settings_are_said_before_training(
+    index: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(index, tmp_path, **changes)
+    assert not (tmp_path / "resume/metrics.jsonl").exists()
+
+
+def test_missing_index_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"cannot read the dataset index .*absent.json.*: run"):
+        run(tmp_path / "absent.json", tmp_path)

@@ -42,7 +42,7 @@ class VocConfig(Section):
     root: Path | None = None
     """Folder with JPEGImages/, Annotations/, ImageSets/ (the VOC2012 folder itself)."""
     download: bool = False
-    """Fetch the official archives into `root` (default: `VOC2012` in the cache folder, `data`), checksums verified, resumable."""
+    """Fetch the official archives into `root` (default `data/VOC2012`), checksums verified, resumable."""
     train_split: str = "train_aug"
     """train, val, trainval, train_aug (the 10,582 images with SBD masks minus val), or any ImageSets list."""
     eval_splits: tuple[str, ...] = ("val",)
@@ -56,7 +56,7 @@ class CocoConfig(Section):
     """Folder with annotations/instances_<split><year>.json and <split><year>/ images."""
     year: Literal[2014, 2017] = 2014
     download: bool = False
-    """Fetch the official archives into `root` (default: `coco` in the cache folder, `data`), checksums verified, resumable."""
+    """Fetch the official archives into `root` (default `data/coco`), checksums verified, resumable."""
     train_split: str = "train"
     eval_splits: tuple[str, ...] = ("val",)
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from cosa_fast.config import EvalConfig, RuntimeConfig
 from cosa_fast.data.index import Image, Index
 from cosa_fast.data.masks import Masks, load_masks, read_mask
-from cosa_fast.data.store import PseudoLabels
+from cosa_fast.data.store import Pixels, PseudoLabels
 from cosa_fast.figures import PanelRow, write_panel
 from cosa_fast.files import write_atomically
 from cosa_fast.inference import (
@@ -152,8 +152,10 @@ def evaluate(
         panel,
         rows,
         dataset.classes,
-        f"{dataset.name} {dataset.eval_splits[0]}: CoSA, {cosa.iteration} iterations",
-        "Synthetic images; nothing here says anything about PASCAL VOC" if dataset.synthetic else None,
+        f"{dataset.name} {dataset.eval_splits[0]}",
+        f"{len(rows)} images at even distances; CAMs use their labels, the predictions of CoSA"
+        f"{' and CoSA-MS' if standalone else ''} do not",
+        "Synthetic images: comparable with nothing on PASCAL VOC" if dataset.synthetic else None,
     )
     write_atomically(csv, _table(dataset, scores).encode())
     write_atomically(output, text.encode())
@@ -245,19 +247,19 @@ def _panel_row(sample: Sample, maps: dict[tuple[str, str], Tensor], cam: Tensor)
 def _score_store(systems: Systems, store: PseudoLabels) -> list[Score]:
     """Score the stored pseudo-labels against the training masks, which nothing else looks at."""
     split, images = systems.dataset.train_split, systems.dataset.train
-    classes = len(systems.dataset.classes) + 1
 
-    def score(position: int) -> tuple[Tensor, Tensor]:
+    def load(position: int) -> tuple[Pixels, Pixels, Pixels]:
         image = images[position]
-        truth = torch.from_numpy(read_mask(systems.masks.path(split, image.id), (image.width, image.height)))
-        stored = (store.labels(position), store.segmentation(position))
-        first, second = (confusion_matrix(truth, torch.from_numpy(values.copy()), classes) for values in stored)
-        return first, second
+        truth = read_mask(systems.masks.path(split, image.id), (image.width, image.height))
+        return truth, store.labels(position), store.segmentation(position)
 
-    results = prefetch(score, range(len(images)), systems.threads, ahead=4 * systems.threads)
+    classes = len(systems.dataset.classes) + 1
     cam = seg = torch.zeros(classes, classes + 1, dtype=torch.int64)
-    for first, second in tqdm(results, total=len(images), desc=f"score store {split}", unit="image", disable=None):
-        cam, seg = cam + first, seg + second
+    loaded = prefetch(load, range(len(images)), systems.threads, ahead=4 * systems.threads)
+    for maps in tqdm(loaded, total=len(images), desc=f"score store {split}", unit="image", disable=None):
+        truth, labels, segmentation = (torch.tensor(values) for values in maps)
+        cam = cam + confusion_matrix(truth, labels, classes)
+        seg = seg + confusion_matrix(truth, segmentation, classes)
     return [Score(split, STORED_CAM, FILTERED, cam), Score(split, STORED_SEG, FILTERED, seg)]
 
 
@@ -269,11 +271,8 @@ def report(systems: Systems, scores: Sequence[Score], files: dict[str, Path | No
     facts = [
         ("splits", f"{', '.join(splits)}; {len(dataset.classes)} classes and background"),
         ("trained on", f"image-level labels of {dataset.train_split} ({len(dataset.train)} images)"),
-        (
-            "CoSA",
-            f"{files['checkpoint']} (sha256 {cosa.sha256[:12]}), {cosa.iteration} iterations, {config.network} net",
-        ),
-        ("", f"{cosa.config['model']['name']}; {_switches(cosa.config['cosa'])}"),
+        ("CoSA", f"{files['checkpoint']} (sha256 {cosa.sha256[:12]}), {cosa.iteration} iterations"),
+        ("", f"{config.network} network, {cosa.config['model']['name']}; {_switches(cosa.config['cosa'])}"),
     ]
     if systems.segmenter is not None:
         standalone = systems.segmenter
@@ -296,16 +295,8 @@ def report(systems: Systems, scores: Sequence[Score], files: dict[str, Path | No
     ]
     for split, names in _unseen(dataset, scores).items():
         notes.append(f"left out of the mean, neither in the truth nor predicted ({split}): {', '.join(names)}")
-    lines = [
-        first,
-        "",
-        *(f"{name:<15}{value}" for name, value in facts),
-        "",
-        *_score_table(scores),
-        "",
-        *notes,
-    ]
-    return "\n".join(lines) + "\n"
+    described = [f"{name:<15}{value}" for name, value in facts]
+    return "\n".join([first, "", *described, "", *_score_table(scores), "", *notes]) + "\n"
 
 
 def _score_table(scores: Sequence[Score]) -> list[str]:

@@ -24,6 +24,8 @@ PALETTE[IGNORED] = 255  # white, as VOC's borders are usually drawn
 INK, MUTED, WARNING = "#1a1a1a", "#6b6b6b", "#b3261e"
 COLUMN = 1.75
 """Width of an image in inches."""
+FOOT = 0.28
+"""Height in inches of the line of text under an image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,42 +44,42 @@ class PanelRow:
 
 
 def write_panel(
-    path: Path, rows: Sequence[PanelRow], classes: Sequence[str], headline: str, warning: str | None = None
+    path: Path, rows: Sequence[PanelRow], classes: Sequence[str], headline: str, caption: str, warning: str | None
 ) -> None:
     """Draw one row per image to a PNG file, atomically.
 
     Args:
         classes: foreground class names.
         headline: what is shown.
-        warning: printed in red under it, for data whose numbers mean nothing elsewhere.
+        caption: in small letters under it.
+        warning: in red beside the headline, for data whose results mean nothing elsewhere.
 
     Raises:
         ValueError: the disk is full or the folder cannot be written.
     """
     titles = ["image", "CAM", *rows[0].maps]
-    heights = [COLUMN * row.image.shape[0] / row.image.shape[1] + 0.24 for row in rows]
-    top, bottom, side, gap = 0.95 if warning else 0.72, 0.62, 0.12, 0.05
-    width, height = len(titles) * (COLUMN + gap) + 2 * side, top + sum(heights) + bottom
+    heights = [COLUMN * row.image.shape[0] / row.image.shape[1] + FOOT for row in rows]
+    top, bottom, side, gap = 0.86, 0.5, 0.14, 0.06
+    width, height = len(titles) * (COLUMN + gap) - gap + 2 * side, top + sum(heights) + bottom
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
-    figure.text(side / width, 1 - 0.12 / height, headline, va="top", fontsize=13, fontweight="bold", color=INK)
+    write = partial(figure.text, va="top")
+    write(side / width, 1 - 0.10 / height, headline, fontsize=14, fontweight="bold", color=INK)
+    write(side / width, 1 - 0.36 / height, caption, fontsize=8.5, color=MUTED)
     if warning:
-        figure.text(side / width, 1 - 0.40 / height, warning, va="top", fontsize=9.5, color=WARNING)
+        write(1 - side / width, 1 - 0.14 / height, warning, ha="right", fontsize=9.5, color=WARNING)
     upper = height - top
     for row, row_height in zip(rows, heights, strict=True):
         pictures = [row.image, overlay(row.image, row.cam), *(PALETTE[values] for values in row.maps.values())]
         for column, (title, picture) in enumerate(zip(titles, pictures, strict=True)):
             left = side + column * (COLUMN + gap)
-            box = (left / width, (upper - row_height + 0.24) / height, COLUMN / width, (row_height - 0.24) / height)
-            axes = figure.add_axes(box)
-            _show(axes, picture)
+            foot = upper - row_height + FOOT
+            _show(figure.add_axes((left / width, foot / height, COLUMN / width, (row_height - FOOT) / height)), picture)
             if row is rows[0]:
-                axes.set_title(title, fontsize=10, color=INK, pad=5)
+                middle = (left + COLUMN / 2) / width
+                figure.text(middle, (upper + 0.06) / height, title, ha="center", fontsize=10, color=INK)
         names = ", ".join(classes[label] for label in row.labels)
-        figure.text(side / width, (upper - row_height + 0.20) / height, names, va="top", fontsize=8.5, color=INK)
-        figure.text(
-            (side + 2 * COLUMN + gap) / width, (upper - row_height + 0.20) / height, row.id,
-            va="top", ha="right", fontsize=7.5, color=MUTED,
-        )  # fmt: skip
+        write(side / width, (foot - 0.04) / height, names, fontsize=8.5, color=INK)
+        write((side + 2 * COLUMN + gap) / width, (foot - 0.04) / height, row.id, ha="right", fontsize=7.5, color=MUTED)
         upper -= row_height
     _legend(figure, rows, classes)
     write_atomically(path, partial(figure.savefig, format="png"))

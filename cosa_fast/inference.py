@@ -102,7 +102,7 @@ def read_rgb(path: Path) -> PIL.Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken files
         raise ValueError(
-            f"cannot read the image {path} ({error}): restore it, or run `cosa-fast index` again"
+            f"cannot read the image {path} ({error}): restore it, or run `cosa-fast data index` again"
         ) from None
 
 

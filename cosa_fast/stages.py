@@ -7,7 +7,7 @@ that reading this module, and every `--help`, stays clear of torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -74,6 +74,8 @@ class Index(Stage):
 
     output: Path
     """Index to write (JSON)."""
+    train_output: Path | None = None
+    """Also write the index of the training split alone, which stays the same whatever is evaluated."""
     cache: Path
     """Folder for what is generated or derived once (MiniVOC, COCO's masks)."""
     data: DataConfig
@@ -84,7 +86,7 @@ class Index(Stage):
     def run(self) -> None:
         from cosa_fast.data.prepare import prepare_index
 
-        prepare_index(
+        index = prepare_index(
             self.output,
             self.cache,
             data=self.data,
@@ -93,6 +95,8 @@ class Index(Stage):
             minivoc=self.minivoc,
             threads=self.threads,
         )
+        if self.train_output is not None:
+            replace(index, eval_splits=(), splits={index.train_split: index.train}).save(self.train_output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,12 +191,14 @@ class Export(Stage):
     store: Path
     """Store from `cosa-fast pseudo-labels`."""
     output: Path
-    """Folder to make, one PNG per image."""
+    """Folder to make: SegmentationClass/, one PNG per image."""
+    confidence: bool = False
+    """Also write the confidences, as grey values, to Confidence/."""
 
     def run(self) -> None:
         from cosa_fast.pseudo_labels import export_png
 
-        export_png(self.store, self.output)
+        export_png(self.store, self.output, confidence=self.confidence)
 
 
 @dataclass(frozen=True, kw_only=True)

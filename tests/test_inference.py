@@ -131,7 +131,9 @@ def test_a_broken_image_is_one_clear_error(tmp_path: Path) -> None:
     PIL.Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.jpg")
     (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:400])
     for name, reason in [("half.jpg", ""), ("none.jpg", "No such file")]:
-        with pytest.raises(ValueError, match=rf"cannot read the image .*{name} \(.*{reason}.*run `cosa-fast data index`"):
+        with pytest.raises(
+            ValueError, match=rf"cannot read the image .*{name} \(.*{reason}.*run `cosa-fast data index`"
+        ):
             read_rgb(tmp_path / name)
 
 

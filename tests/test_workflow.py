@@ -24,7 +24,7 @@ stage=$1
 echo "$stage|$*" >> calls
 while [ $# -gt 1 ]; do
   [ "$1" = --log ] && log=$2
-  case $1 in --output|--csv|--panel) outputs+=("$2") ;; esac
+  case $1 in --output|--train-output|--csv|--panel) outputs+=("$2") ;; esac
   shift
 done
 echo "12:00:00 $stage: started" | tee "$log" >&2
@@ -129,6 +129,8 @@ def test_stages_run_in_order_and_masks_are_checked_before_training(finished: Pre
         ("cosa={swap: false}", ALL[2:]),
         ("train={seed: 5}", ALL[2:]),
         ("minivoc={seed: 5}", ALL),
+        ("minivoc={val: 9}", [*ALL[:2], ALL[5]]),
+        ("voc={eval_splits: [val, test]}", [*ALL[:2], ALL[5]]),
     ],
 )
 def test_a_changed_key_runs_again_what_depends_on_it(
@@ -226,7 +228,7 @@ def test_the_whole_pipeline(pipeline: Path) -> None:
 def test_pseudo_labels_are_exported_on_request(pipeline: Path) -> None:
     done = snakemake(pipeline.parents[1], "--configfile", TINY, "--", "results/test/pseudo_labels_png")
     assert done.returncode == 0, done.stdout
-    assert len(list((pipeline / "pseudo_labels_png").glob("*.png"))) == 48
+    assert len(list((pipeline / "pseudo_labels_png/SegmentationClass").glob("*.png"))) == 48
 
 
 def test_killed_in_the_middle_of_training_it_continues_to_the_same_weights(pipeline: Path, tmp_path: Path) -> None:

@@ -173,8 +173,8 @@ def apply_geometry(
 ) -> NDArray[np.uint8]:
     """The crop of one image, or of a map of its size.
 
-    Only the visible part is resampled: the filter reads the pixels around the box, so the result is that of resizing
-    the whole image, at a fraction of the time.
+    Only the visible part is resampled. The filter reads the pixels around it, so the result is that of resizing the
+    whole image, up to the rounding of ties, in a fraction of the time.
 
     Args:
         image: an 8-bit image (H, W, 3) or map (H, W) of the size in `geometry.source[slot]`.

@@ -73,7 +73,9 @@ class Index:
         """
         content = read_json(path, "dataset index", "run `cosa-fast data index`")
         if content.pop("schema", None) != SCHEMA:
-            raise ValueError(f"{path} is not a dataset index of schema {SCHEMA}: make it again with `cosa-fast data index`")
+            raise ValueError(
+                f"{path} is not a dataset index of schema {SCHEMA}: make it again with `cosa-fast data index`"
+            )
         content["classes"] = tuple(content["classes"])
         content["eval_splits"] = tuple(content["eval_splits"])
         content["splits"] = {

@@ -29,17 +29,22 @@ if shutil.which("cosa-fast") is None:
 RESULTS = CONFIG.results
 CACHE = Path("data")  # generated or derived once, whatever the results folder
 
-# Only the settings that the index depends on: a change elsewhere must not index, and so train, again.
+# Only the settings that the index depends on, and those that its training split depends on: a change elsewhere must
+# not index, or train, again.
 if CONFIG.data.dataset == "coco":
-    DATASET = CONFIG.coco
-    EMBEDDED = False
+    DATASET, EMBEDDED = CONFIG.coco, False
     DATASET_SECTIONS = ["data", "coco"]
 else:
     DATASET = CONFIG.voc
     EMBEDDED = DATASET.root is None and not DATASET.download
     DATASET_SECTIONS = ["data", "voc", "minivoc"] if EMBEDDED else ["data", "voc"]
+if EMBEDDED:
+    TRAINING_DATA = CONFIG.minivoc.model_dump_json(exclude={"val", "test"})
+else:
+    TRAINING_DATA = DATASET.model_dump_json(exclude={"eval_splits", "download"})
 
 INDEX = RESULTS / "data/index.json"
+TRAIN_INDEX = RESULTS / "data/train.json"
 MASKS = RESULTS / "data/masks.json"
 CHECKPOINT = RESULTS / "cosa.safetensors"
 STORE = RESULTS / "pseudo_labels.zarr"

@@ -1,6 +1,7 @@
 rule index:
     output:
         index=INDEX,
+        train=TRAIN_INDEX,
     log:
         RESULTS / "logs/index.log",
     benchmark:
@@ -15,7 +16,7 @@ rule index:
         "Indexing the dataset and checking its images"
     shell:
         "cosa-fast data index --threads {threads} --log {log}"
-        " --output {output.index} --cache {params.cache} {params.flags}"
+        " --output {output.index} --train-output {output.train} --cache {params.cache} {params.flags}"
 
 
 rule masks:

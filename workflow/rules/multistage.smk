@@ -1,6 +1,6 @@
 rule multistage:
     input:
-        index=INDEX,
+        index=ancient(TRAIN_INDEX),
         store=STORE,
     output:
         segmenter=SEGMENTER,

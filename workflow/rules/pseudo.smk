@@ -1,6 +1,6 @@
 rule pseudo_labels:
     input:
-        index=INDEX,
+        index=ancient(TRAIN_INDEX),
         checkpoint=CHECKPOINT,
     output:
         store=directory(STORE),

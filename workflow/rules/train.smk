@@ -1,6 +1,7 @@
 rule train:
+    # The index is made again for other eval_splits too, which is no reason to train again: `data` tells.
     input:
-        index=INDEX,
+        index=ancient(INDEX if ORACLE else TRAIN_INDEX),
         masks=MASKS if ORACLE else [],
     output:
         checkpoint=CHECKPOINT,
@@ -14,6 +15,7 @@ rule train:
     resources:
         gpu=GPUS,
     params:
+        data=TRAINING_DATA,
         resume=RESUME / "cosa",
         masks="--masks" if ORACLE else "",
         flags=to_flags(

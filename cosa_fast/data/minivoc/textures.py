@@ -115,8 +115,8 @@ def tabby(x: Floats, y: Floats, rng: Rng, inks: Floats) -> Floats:
 
 
 def patches(x: Floats, y: Floats, rng: Rng, inks: Floats) -> Floats:
-    """cow: large irregular patches."""
-    return mix(inks, noise(x, y, rng, 9) + 0.2 * noise(x, y, rng, 3) > 0.6)
+    """cow: small irregular patches; larger ones would leave most of the body without any evidence."""
+    return mix(inks, noise(x, y, rng, 5.5) + 0.15 * noise(x, y, rng, 3) > 0.575)
 
 
 def checks(x: Floats, y: Floats, rng: Rng, inks: Floats) -> Floats:
@@ -137,12 +137,12 @@ def foliage(x: Floats, y: Floats, rng: Rng, inks: Floats) -> Floats:
 
 def ribs(x: Floats, y: Floats, rng: Rng, inks: Floats) -> Floats:
     """train: level corrugation."""
-    return mix(inks, _phase(y / 4) < 0.42)
+    return mix(inks, _phase(y / 5) < 0.45)
 
 
 def mosaic(x: Floats, y: Floats, rng: Rng, inks: Floats) -> Floats:
     """tvmonitor: coarse glowing picture elements."""
-    return mix(inks, 0.5 * _ramp(noise(x, y, rng, 16), 0.2, 0.8) + 0.5 * cells(x, y, rng, 3.5, 3.5))
+    return mix(inks, 0.25 * _ramp(noise(x, y, rng, 16), 0.2, 0.8) + 0.75 * cells(x, y, rng, 3.5, 3.5))
 
 
 # Backgrounds.

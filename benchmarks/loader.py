@@ -91,7 +91,7 @@ class _ReleaseWay(Dataset[tuple[NDArray[np.float32], NDArray[np.float32]]]):
     def _normalise(self, image: Image.Image) -> NDArray[np.float32]:
         pixels = np.asarray(image, np.float32) / 255
         mean, std = (np.array(value, np.float32) for value in (self.plan.config.mean, self.plan.config.std))
-        return ((pixels - mean) / std).transpose(2, 0, 1)
+        return np.asarray(((pixels - mean) / std).transpose(2, 0, 1), np.float32)
 
 
 def run(options: Options) -> None:

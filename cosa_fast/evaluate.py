@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 
 FREE, FILTERED = "label-free", "label-filtered"
 COSA, COSA_MS, CAM = "CoSA", "CoSA-MS", "CAM pseudo-labels"
-STORED_CAM, STORED_SEG = "stored CAM pseudo-labels", "stored CoSA segmentation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +51,7 @@ class Score:
     """The confusion matrix of one system on one split."""
 
     split: str
+    """An evaluation split, or `<training split> (store)` for what the store holds."""
     system: str
     setting: str
     """label-free or label-filtered."""
@@ -187,7 +187,7 @@ def _score_split(systems: Systems, split: str, rows: list[PanelRow] | None) -> l
 
 def _samples(systems: Systems, split: str) -> Iterator[Sample]:
     def load(image: Image) -> Sample:
-        picture = read_rgb(systems.dataset.image_path(image))
+        picture = read_rgb(systems.dataset, image)
         mask = read_mask(systems.masks.path(split, image.id), (image.width, image.height))
         return Sample(image, square(picture, systems.config.size), to_tensor(picture), torch.from_numpy(mask))
 
@@ -260,7 +260,7 @@ def _score_store(systems: Systems, store: PseudoLabels) -> list[Score]:
         truth, labels, segmentation = (torch.tensor(values) for values in maps)
         cam = cam + confusion_matrix(truth, labels, classes)
         seg = seg + confusion_matrix(truth, segmentation, classes)
-    return [Score(split, STORED_CAM, FILTERED, cam), Score(split, STORED_SEG, FILTERED, seg)]
+    return [Score(f"{split} (store)", COSA, FILTERED, seg), Score(f"{split} (store)", CAM, FILTERED, cam)]
 
 
 def report(systems: Systems, scores: Sequence[Score], files: dict[str, Path | None]) -> str:
@@ -301,15 +301,19 @@ def report(systems: Systems, scores: Sequence[Score], files: dict[str, Path | No
 
 def _score_table(scores: Sequence[Score]) -> list[str]:
     """mIoU in percent: a row per system, a pair of columns per split."""
-    percent = {(s.split, s.system, s.setting): 100 * mean_iou(s.confusion) for s in scores}
+    percent = {(s.split, s.system, s.setting): f"{100 * mean_iou(s.confusion):.2f}" for s in scores}
     splits = list(dict.fromkeys(score.split for score in scores))
-    width = len(FILTERED) + 2
-    lines = [f"{'mIoU [%]':<28}" + "".join(f"{split:^{2 * width}}" for split in splits)]
-    lines.append(" " * 28 + f"{FREE:>{width}}{FILTERED:>{width}}" * len(splits))
+    widths = {FREE: len(FREE) + 3, FILTERED: len(FILTERED) + 2}
+    lines = [f"{'mIoU [%]':<19}" + "".join(f"{split:>{sum(widths.values())}}" for split in splits)]
+    lines.append(" " * 19 + "".join(f"{setting:>{width}}" for setting, width in widths.items()) * len(splits))
     for system in dict.fromkeys(score.system for score in scores):
-        cells = [percent.get((split, system, setting)) for split in splits for setting in (FREE, FILTERED)]
-        lines.append(f"{system:<28}" + "".join(f"{'-' if c is None else f'{c:.2f}':>{width}}" for c in cells))
-    return [line.rstrip() for line in lines]
+        cells = (
+            f"{percent.get((split, system, setting), '-'):>{width}}"
+            for split in splits
+            for setting, width in widths.items()
+        )
+        lines.append(f"{system:<19}" + "".join(cells))
+    return lines
 
 
 def _switches(cosa: dict[str, Any]) -> str:

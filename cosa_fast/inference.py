@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -17,6 +16,8 @@ import torch.nn.functional as F
 from cosa_kernels import merge_cams
 from torch import Tensor
 
+from cosa_fast.data.index import Image, Index
+from cosa_fast.data.torch_loader import read_image
 from cosa_fast.models.cosa import CosaNet
 from cosa_fast.models.multi_scale import MultiScale, multi_scale
 from cosa_fast.models.segmenter import Segmenter
@@ -91,19 +92,13 @@ def label_maps(scores: Tensor, size: tuple[int, int], present: Tensor) -> tuple[
     return full[0].argmax(dim=0).to(torch.uint8), filtered[0].argmax(dim=0).to(torch.uint8)
 
 
-def read_rgb(path: Path) -> PIL.Image.Image:
-    """Decode an image to RGB.
+def read_rgb(dataset: Index, image: Image) -> PIL.Image.Image:
+    """Decode an image of an index to RGB.
 
     Raises:
-        ValueError: the file is missing or damaged.
+        ValueError: the file is missing, damaged, or of another size than when it was indexed.
     """
-    try:
-        with PIL.Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken files
-        raise ValueError(
-            f"cannot read the image {path} ({error}): restore it, or run `cosa-fast data index` again"
-        ) from None
+    return read_image(str(dataset.image_path(image)), (image.height, image.width))
 
 
 def to_tensor(image: PIL.Image.Image) -> Tensor:

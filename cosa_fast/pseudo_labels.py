@@ -30,7 +30,7 @@ from cosa_fast.runtime import Runtime, resolve
 log = logging.getLogger(__name__)
 
 BYTES_PER_PIXEL = 0.5
-"""Of the three arrays, compressed; measured 0.2 to 0.4, mostly the confidence."""
+"""Of the three arrays, compressed; measured 0.3 on photographs, nearly all of it the confidence."""
 
 
 def write_pseudo_labels(
@@ -101,7 +101,7 @@ def _rows(
     """The rows of the store, image by image."""
 
     def load(image: Image) -> Tensor:
-        return square(read_rgb(dataset.image_path(image)), pseudo.size)
+        return square(read_rgb(dataset, image), pseudo.size)
 
     images = dataset.train
     labels = torch.from_numpy(dataset.multi_hot(images)).to(machine.device)

@@ -7,7 +7,7 @@ that reading this module, and every `--help`, stays clear of torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -74,8 +74,6 @@ class Index(Stage):
 
     output: Path
     """Index to write (JSON)."""
-    train_output: Path | None = None
-    """Also write the index of the training split alone, which stays the same whatever is evaluated."""
     cache: Path
     """Folder for what is generated or derived once (MiniVOC, COCO's masks)."""
     data: DataConfig
@@ -86,7 +84,7 @@ class Index(Stage):
     def run(self) -> None:
         from cosa_fast.data.prepare import prepare_index
 
-        index = prepare_index(
+        prepare_index(
             self.output,
             self.cache,
             data=self.data,
@@ -95,8 +93,6 @@ class Index(Stage):
             minivoc=self.minivoc,
             threads=self.threads,
         )
-        if self.train_output is not None:
-            replace(index, eval_splits=(), splits={index.train_split: index.train}).save(self.train_output)
 
 
 @dataclass(frozen=True, kw_only=True)

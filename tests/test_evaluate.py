@@ -87,7 +87,7 @@ def expected(root: Path) -> dict[tuple[str, str], float]:
     found: dict[tuple[str, str], list[np.ndarray]] = {}
     for image in index.splits["val"]:
         size = (image.height, image.width)
-        picture = read_rgb(index.image_path(image))
+        picture = read_rgb(index, image)
         truths.append(read_mask(root / "SegmentationClass" / f"{image.id}.png", (image.width, image.height)))
         labels = torch.zeros(1, 3)
         labels[0, list(image.labels)] = 1
@@ -122,13 +122,13 @@ def test_every_number_by_torchmetrics(made: Path) -> None:
 
 def test_store_is_scored_on_the_training_split(made: Path) -> None:
     got = table(made)
-    assert ("train", "CoSA", "label-free", "mIoU") not in got
+    assert ("train (store)", "CoSA", "label-free", "mIoU") not in got
     index = Index.load(made / "index.json")
     store = PseudoLabels(made / "store.zarr")
     truths = [read_values(made / "SegmentationClass" / f"{image.id}.png") for image in index.train]
-    for system, read in [("stored CAM pseudo-labels", store.labels), ("stored CoSA segmentation", store.segmentation)]:
+    for system, read in [("CAM pseudo-labels", store.labels), ("CoSA", store.segmentation)]:
         value = miou([read(position) for position in range(len(store))], truths)
-        assert float(got["train", system, "label-filtered", "mIoU"]) == pytest.approx(value, abs=0.02)
+        assert float(got["train (store)", system, "label-filtered", "mIoU"]) == pytest.approx(value, abs=0.02)
 
 
 def test_true_labels_score_100_and_absent_classes_are_left_out(made: Path, tmp_path: Path) -> None:
@@ -139,10 +139,10 @@ def test_true_labels_score_100_and_absent_classes_are_left_out(made: Path, tmp_p
     store = write_true_store(tmp_path / "index.json", tmp_path / "store.zarr")
     run(made, tmp_path / "results", index=tmp_path / "index.json", masks=tmp_path / "masks.json", store=store)
     got = table(tmp_path)
-    assert got["train", "stored CAM pseudo-labels", "label-filtered", "mIoU"] == "100.00"
-    assert got["train", "stored CAM pseudo-labels", "label-filtered", "bird"] == "100.00"
-    assert got["train", "stored CAM pseudo-labels", "label-filtered", "cow"] == ""
-    assert "predicted (train): cat, cow" in (tmp_path / "results" / "miou.txt").read_text()
+    assert got["train (store)", "CAM pseudo-labels", "label-filtered", "mIoU"] == "100.00"
+    assert got["train (store)", "CAM pseudo-labels", "label-filtered", "bird"] == "100.00"
+    assert got["train (store)", "CAM pseudo-labels", "label-filtered", "cow"] == ""
+    assert "predicted (train (store)): cat, cow" in (tmp_path / "results" / "miou.txt").read_text()
 
 
 def test_report(made: Path) -> None:
@@ -183,7 +183,7 @@ def test_real_data_is_not_called_synthetic(made: Path, tmp_path: Path) -> None:
     assert "online network" in text
     assert "CAM threshold  0.300" in text
     assert "CoSA-MS  " not in text
-    assert "stored" not in text
+    assert "(store)" not in text
 
 
 def test_panel(made: Path) -> None:

@@ -64,7 +64,7 @@ def test_learns_the_labels(root: Path, tmp_path: Path) -> None:
     index, store = Index.load(root / "index.json"), PseudoLabels(root / "store.zarr")
     total = torch.zeros(4, 5, dtype=torch.int64)
     for position, image in enumerate(index.train):
-        pixels = to_tensor(read_rgb(index.image_path(image)))[None]
+        pixels = to_tensor(read_rgb(index, image))[None]
         with torch.inference_mode():
             logits = trained.net(normalise(pixels, trained.mean, trained.std, torch.device("cpu")))
         total += confusion_matrix(torch.from_numpy(store.labels(position).copy()), logits[0].argmax(0), 4)

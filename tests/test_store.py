@@ -137,6 +137,18 @@ def test_threads_and_forks_read_the_same(path: Path) -> None:
     assert os.waitpid(pid, 0)[1] == 0
 
 
+def test_in_memory_is_the_same(path: Path) -> None:
+    for limit, kept in [(10**9, True), (2 * 5 * 13 * 11, True), (2 * 5 * 13 * 11 - 1, False)]:
+        store = PseudoLabels(path)
+        store.load(limit)
+        for position, row in enumerate(rows()):
+            np.testing.assert_array_equal(store.labels(position), row.labels)
+            np.testing.assert_array_equal(store.confidence(position), row.confidence)
+        shutil.move(path / "labels" / "c", path / "hidden")
+        assert np.array_equal(store.labels(4), list(rows())[4].labels) == kept
+        shutil.move(path / "hidden", path / "labels" / "c")
+
+
 def test_refuses_wrong_rows(tmp_path: Path) -> None:
     target = tmp_path / "store.zarr"
     with pytest.raises(ValueError, match="4 rows for 5 images"):
@@ -185,6 +197,9 @@ def test_refuses_a_missing_array_or_a_truncated_shard(path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:20])
     with pytest.raises(ValueError, match="labels of image image_1 cannot be read"):
         PseudoLabels(path).labels(1)
+    shard.unlink()  # Zarr itself would read it as all ignored
+    with pytest.raises(ValueError, match="labels has 5 images in 2 files, wanted 5 in 3"):
+        PseudoLabels(path)
     shutil.rmtree(path / "confidence")
     with pytest.raises(ValueError, match="lacks 'confidence'"):
         PseudoLabels(path)

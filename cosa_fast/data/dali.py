@@ -162,9 +162,10 @@ def _pipeline(source: _Source, config: AugmentConfig, on_gpu: bool) -> tuple[Dat
     image = fn.resize(image, size=inputs.size, roi_start=inputs.roi_start, roi_end=inputs.roi_end, antialias=True)
     image = fn.multi_paste(image, output_size=(config.crop, config.crop), out_anchors=inputs.corner)
     if inputs.blurred:
+        # Mirroring at the border composes over PIL's three passes; for boxes of three pixels it is what PIL does.
         kernel = inputs.blur_kernel.gpu() if on_gpu else inputs.blur_kernel
-        image = fn.filter(image, kernel, border="clamp")
-        image = fn.filter(image, fn.transpose(kernel, perm=[1, 0]), border="clamp")
+        image = fn.filter(image, kernel, border="reflect_1001")
+        image = fn.filter(image, fn.transpose(kernel, perm=[1, 0]), border="reflect_1001")
     weak = _normalise(image, config)
     strong = _normalise(_strengthen(image, inputs, on_gpu), config)
     return weak, strong, fn.peek_image_shape(encoded, adjust_orientation=False)

@@ -66,6 +66,7 @@ def train_segmenter(
     dataset = Index.load(index)
     labels = PseudoLabels(store)
     labels.require_match(dataset)
+    labels.load()
     if multistage.batch_size < 2:
         raise ValueError("multistage.batch_size = 1, but batch normalisation needs at least 2 images")
     torch.manual_seed(multistage.seed)
@@ -158,7 +159,7 @@ def batches(
 
     def load(sample: tuple[Geometry, int, int]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
         geometry, slot, position = sample
-        image = read_rgb(index.image_path(index.train[position]))
+        image = read_rgb(index, index.train[position])
         labels = training_labels(store, position, config.min_confidence)
         return (
             apply_geometry(image, geometry, slot),

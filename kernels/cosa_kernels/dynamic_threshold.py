@@ -95,7 +95,7 @@ class DynamicThreshold(nn.Module):
     Args:
         initial: xi before the first successful fit.
         queue: batches remembered.
-        floor: confidences at or below it are left out.
+        floor: confidences below it are left out; 0 keeps all (Eq. 6).
         limits: xi is clamped to them.
         momentum: xi <- momentum * xi + (1 - momentum) * fit.
         bins: resolution of the histograms.
@@ -113,7 +113,7 @@ class DynamicThreshold(nn.Module):
         initial: float = 0.5,
         *,
         queue: int = 100,
-        floor: float = 0.05,
+        floor: float = 0.0,
         limits: tuple[float, float] = (0.15, 0.7),
         momentum: float = 0.9,
         bins: int = 256,
@@ -142,7 +142,7 @@ class DynamicThreshold(nn.Module):
         """
         check_cams(cams)
         confidence = cams.amax(dim=1).float()
-        counted = confidence > self.floor
+        counted = confidence >= self.floor
         if valid_box is not None:
             counted &= box_mask(valid_box, (cams.shape[-2], cams.shape[-1]))
         bins = self.histograms.shape[1]

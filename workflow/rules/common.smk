@@ -29,8 +29,7 @@ if shutil.which("cosa-fast") is None:
 RESULTS = CONFIG.results
 CACHE = Path("data")  # generated or derived once, whatever the results folder
 
-# Only the settings that the index depends on, and those that its training split depends on: a change elsewhere must
-# not index, or train, again.
+# Only the settings that the index depends on: a change elsewhere must not index, and so train, again.
 if CONFIG.data.dataset == "coco":
     DATASET, EMBEDDED = CONFIG.coco, False
     DATASET_SECTIONS = ["data", "coco"]
@@ -38,10 +37,10 @@ else:
     DATASET = CONFIG.voc
     EMBEDDED = DATASET.root is None and not DATASET.download
     DATASET_SECTIONS = ["data", "voc", "minivoc"] if EMBEDDED else ["data", "voc"]
-if EMBEDDED:
-    TRAINING_DATA = CONFIG.minivoc.model_dump_json(exclude={"val", "test"})
-else:
-    TRAINING_DATA = DATASET.model_dump_json(exclude={"eval_splits", "download"})
+
+# The training has an index of its own, without the splits that are evaluated: other ones must not train again.
+UNSCORED = DATASET.model_copy(update={"eval_splits": ()})
+TRAIN_CONFIG = CONFIG.model_copy(update={CONFIG.data.dataset: UNSCORED})
 
 INDEX = RESULTS / "data/index.json"
 TRAIN_INDEX = RESULTS / "data/train.json"

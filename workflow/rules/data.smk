@@ -1,11 +1,32 @@
+rule train_index:
+    output:
+        index=TRAIN_INDEX,
+    log:
+        RESULTS / "logs/train_index.log",
+    benchmark:
+        RESULTS / "benchmarks/train_index.tsv"
+    conda:
+        "../envs/cosa.yaml"
+    threads: CONFIG.threads
+    params:
+        cache=CACHE,
+        flags=to_flags(TRAIN_CONFIG, *DATASET_SECTIONS),
+    message:
+        "Indexing the training images"
+    shell:
+        "cosa-fast data index --threads {threads} --log {log}"
+        " --output {output.index} --cache {params.cache} {params.flags}"
+
+
 rule index:
     output:
         index=INDEX,
-        train=TRAIN_INDEX,
     log:
         RESULTS / "logs/index.log",
     benchmark:
         RESULTS / "benchmarks/index.tsv"
+    # Before the training, so that a bad file is found at once; the same goes for the masks.
+    priority: 10
     conda:
         "../envs/cosa.yaml"
     threads: CONFIG.threads
@@ -13,10 +34,10 @@ rule index:
         cache=CACHE,
         flags=to_flags(CONFIG, *DATASET_SECTIONS),
     message:
-        "Indexing the dataset and checking its images"
+        "Indexing the images to evaluate on"
     shell:
         "cosa-fast data index --threads {threads} --log {log}"
-        " --output {output.index} --train-output {output.train} --cache {params.cache} {params.flags}"
+        " --output {output.index} --cache {params.cache} {params.flags}"
 
 
 rule masks:
@@ -28,7 +49,6 @@ rule masks:
         RESULTS / "logs/masks.log",
     benchmark:
         RESULTS / "benchmarks/masks.tsv"
-    # Before the training, so that a bad mask is found within seconds.
     priority: 10
     conda:
         "../envs/cosa.yaml"

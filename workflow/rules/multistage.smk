@@ -1,6 +1,6 @@
 rule multistage:
     input:
-        index=ancient(TRAIN_INDEX),
+        index=TRAIN_INDEX,
         store=STORE,
     output:
         segmenter=SEGMENTER,

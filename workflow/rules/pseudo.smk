@@ -1,6 +1,6 @@
 rule pseudo_labels:
     input:
-        index=ancient(TRAIN_INDEX),
+        index=TRAIN_INDEX,
         checkpoint=CHECKPOINT,
     output:
         store=directory(STORE),

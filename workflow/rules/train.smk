@@ -1,7 +1,6 @@
 rule train:
-    # The index is made again for other eval_splits too, which is no reason to train again: `data` tells.
     input:
-        index=ancient(INDEX if ORACLE else TRAIN_INDEX),
+        index=INDEX if ORACLE else TRAIN_INDEX,
         masks=MASKS if ORACLE else [],
     output:
         checkpoint=CHECKPOINT,
@@ -15,7 +14,6 @@ rule train:
     resources:
         gpu=GPUS,
     params:
-        data=TRAINING_DATA,
         resume=RESUME / "cosa",
         masks="--masks" if ORACLE else "",
         flags=to_flags(

@@ -42,7 +42,7 @@ PAINT: Palette = (
 )  # fmt: skip
 FUR: Palette = ((205, 132, 64), (132, 92, 62), (92, 88, 88), (228, 216, 200), (172, 160, 150))
 SKIN: Palette = ((240, 200, 170), (208, 152, 116), (142, 96, 68), (232, 166, 152))
-LEAF: Palette = ((84, 168, 72), (140, 180, 70), (60, 140, 100), (170, 90, 70), (150, 100, 150))
+LEAF: Palette = ((84, 168, 72), (140, 180, 70), (60, 140, 100), (150, 130, 60))
 BLACK: Palette = ((34, 34, 38), (52, 50, 52))
 PANE: Palette = ((128, 178, 205), (105, 145, 178), (88, 118, 150))
 
@@ -55,7 +55,7 @@ def _part(texture: Texture, inks: str, *outlines: Outline) -> Part:
 DESIGNS: dict[str, Design] = {
     "aeroplane": Design(
         scale=1.15,
-        inks={"hull": LIGHT + PAINT[-4:], "rivet": PAINT + DARK, "engine": PAINT + BLACK, "pane": PANE, "shine": LIGHT},
+        inks={"hull": LIGHT + PAINT[-1:], "rivet": PAINT[5:] + DARK[2:3], "engine": PAINT + BLACK, "pane": PANE, "shine": LIGHT},
         parts=(
             _part(
                 textures.rivets, "hull rivet",
@@ -80,7 +80,7 @@ DESIGNS: dict[str, Design] = {
         ),
     ),
     "bird": Design(
-        inks={"down": PAINT + FUR, "edge": DARK, "head": FUR + PAINT, "limb": PAINT[1:3] + BLACK, "black": BLACK},
+        inks={"down": PAINT[3:6] + PAINT[1:2], "edge": DARK, "head": FUR + PAINT, "limb": PAINT[1:3] + BLACK, "black": BLACK},
         parts=(
             _part(
                 textures.plain, "limb black",
@@ -102,7 +102,7 @@ DESIGNS: dict[str, Design] = {
         ),
     ),
     "boat": Design(
-        inks={"sail": LIGHT + PAINT, "stripe": PAINT + LIGHT, "hull": PAINT + DARK + FUR, "dark": DARK,
+        inks={"sail": LIGHT, "stripe": PAINT[:3] + PAINT[5:6], "hull": PAINT + DARK + FUR, "dark": DARK,
               "pane": PANE, "shine": LIGHT},
         parts=(
             _part(textures.plain, "dark hull", rect(47.5, 0, 50.5, 80)),
@@ -117,7 +117,7 @@ DESIGNS: dict[str, Design] = {
     ),
     "bus": Design(
         scale=0.92,
-        inks={"body": PAINT + LIGHT, "joint": DARK + PAINT, "pane": PANE, "shine": LIGHT, "black": BLACK, "hub": LIGHT},
+        inks={"body": PAINT[:3], "joint": DARK, "pane": PANE, "shine": LIGHT, "black": BLACK, "hub": LIGHT},
         parts=(
             _part(
                 textures.tiles, "body joint",
@@ -134,7 +134,7 @@ DESIGNS: dict[str, Design] = {
         ),
     ),
     "cat": Design(
-        inks={"coat": FUR + PAINT[1:2], "stripe": DARK + FUR, "face": FUR, "nose": SKIN, "black": BLACK},
+        inks={"coat": FUR + PAINT[1:2], "stripe": DARK, "face": FUR, "nose": SKIN, "black": BLACK},
         parts=(
             _part(
                 textures.tabby, "coat stripe",
@@ -154,7 +154,7 @@ DESIGNS: dict[str, Design] = {
         ),
     ),
     "cow": Design(
-        inks={"coat": LIGHT[:2] + FUR, "patch": BLACK + DARK + FUR, "leg": FUR, "muzzle": SKIN, "black": BLACK},
+        inks={"coat": LIGHT[:2] + FUR, "patch": BLACK + FUR[1:3], "leg": FUR, "muzzle": SKIN, "black": BLACK},
         parts=(
             _part(
                 textures.plain, "leg black",
@@ -180,7 +180,7 @@ DESIGNS: dict[str, Design] = {
     ),
     "person": Design(
         scale=1.15,
-        inks={"shirt": PAINT + LIGHT, "check": LIGHT + DARK + PAINT, "trousers": DARK + PAINT, "weave": PAINT + LIGHT,
+        inks={"shirt": PAINT[3:7], "check": LIGHT, "trousers": DARK, "weave": PAINT[3:7] + LIGHT,
               "skin": SKIN, "hair": FUR + BLACK},
         parts=(
             _part(textures.plain, "hair skin", ellipse(42, 97, 8.5, 3), ellipse(60, 97, 8.5, 3)),
@@ -220,7 +220,7 @@ DESIGNS: dict[str, Design] = {
         ),
     ),
     "train": Design(
-        inks={"body": PAINT + LIGHT, "rib": LIGHT + DARK + PAINT, "pane": PANE, "shine": LIGHT, "black": BLACK,
+        inks={"body": PAINT[5:7] + PAINT[:1], "rib": LIGHT, "pane": PANE, "shine": LIGHT, "black": BLACK,
               "hub": LIGHT},
         parts=(
             _part(
@@ -243,7 +243,7 @@ DESIGNS: dict[str, Design] = {
     ),
     "tvmonitor": Design(
         scale=0.9,
-        inks={"frame": BLACK + LIGHT + FUR, "edge": DARK, "glow": PAINT + LIGHT, "picture": PAINT + DARK},
+        inks={"frame": BLACK + LIGHT + FUR, "edge": DARK, "glow": PAINT[4:7], "picture": DARK},
         parts=(
             _part(
                 textures.plain, "frame edge",
@@ -255,5 +255,5 @@ DESIGNS: dict[str, Design] = {
         ),
     ),
 }  # fmt: skip
-"""Every class in the order of its mask id (1 = first). Most of an object carries its class's texture, and parts shared
+"""Every class in the order of its mask id (1 = first). Colours are typical of a class, but none is unique to it. Most of an object carries its class's texture, and parts shared
 with others cover the rest, 16-31 %: a small part with a texture of its own would attract the whole activation."""

@@ -231,13 +231,18 @@ def _version(package: str) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     """Markdown: median and range over the turns."""
-    lines = ["| method | workers | images/s (min to max) | CPU ms/image |", "|---|---|---|---|"]
+    lines = [
+        "| method | workers | images/s (min to max) | CPU ms/image | images/s per busy core |",
+        "|---|---|---|---|---|",
+    ]
     for name, workers in dict.fromkeys((row["method"], row["workers"]) for row in rows):
         turns = [row for row in rows if (row["method"], row["workers"]) == (name, workers)]
         rate = sorted(row["images_per_s"] for row in turns)
         cpu = statistics.median(row["cpu_ms_per_image"] for row in turns)
         median = statistics.median(rate)
-        lines.append(f"| {name} | {workers} | {median:.1f} ({rate[0]:.1f} to {rate[-1]:.1f}) | {cpu:.2f} |")
+        lines.append(
+            f"| {name} | {workers} | {median:.1f} ({rate[0]:.1f} to {rate[-1]:.1f}) | {cpu:.2f} | {1000 / cpu:.0f} |"
+        )
     return "\n".join(lines)
 
 

@@ -147,8 +147,8 @@ class CosaConfig(Section):
     """Fixed threshold, and the starting point of the dynamic one."""
     threshold_queue: Positive = 100
     """Batches of CAM confidences the mixture is fitted to."""
-    threshold_floor: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    """Confidences at or below this value are left out of the mixture (they are absent, not uncertain)."""
+    threshold_floor: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Confidences below this value are left out of the mixture; 0 keeps all, as in Eq. 6 (the release: 0.05)."""
     threshold_range: tuple[OpenFraction, OpenFraction] = (0.15, 0.7)
     """The dynamic threshold is clamped to this range."""
     threshold_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9

@@ -127,6 +127,14 @@ def test_resume_and_repeat_bit_for_bit(index: Index, loader: LoaderConfig) -> No
         assert_same(batch, resumed)
 
 
+def test_global_random_states_stay_untouched(index: Index, loader: LoaderConfig) -> None:
+    """A resumed run starts the loader once more than an uninterrupted one."""
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    take(load(index, loader), 2)
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("backend", ["torch", "dali"])
 def test_workers_and_prefetch_change_nothing(index: Index, backend: str) -> None:

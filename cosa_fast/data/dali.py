@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,19 +48,17 @@ def views(plan: Plan, config: LoaderConfig, start: int, device: torch.device) ->
         prefetch_queue_depth=config.prefetch,
     )
     iterator = DALIGenericIterator(pipeline, ["weak", "strong", "shape"], prepare_first_batch=False)
-    iteration = start
-    while True:
+    for iteration in itertools.count(start):
         positions = plan.draws(iteration).positions
         try:
-            (views,) = next(iterator)
+            (batch,) = next(iterator)
         except RuntimeError as error:
             _find_unreadable(plan, iteration, config.prefetch)
             error.add_note("The batch: " + ", ".join(plan.paths[position] for position in positions))
             raise
-        if not np.array_equal(views["shape"][:, :2], plan.sizes[positions]):
+        if not np.array_equal(batch["shape"][:, :2], plan.sizes[positions]):
             _find_unreadable(plan, iteration, 0)
-        yield views["weak"], views["strong"]
-        iteration += 1
+        yield batch["weak"], batch["strong"]
 
 
 class _Inputs(NamedTuple):
@@ -210,9 +209,10 @@ def _grey(image: DataNode) -> DataNode:
 
 
 def _find_unreadable(plan: Plan, iteration: int, ahead: int) -> None:
-    """Raise the ValueError that names the first unreadable file of batches `iteration` to `iteration + ahead`.
+    """Say which file of batches `iteration` to `iteration + ahead` is at fault; DALI's own message does not.
 
-    DALI's own message names the operator, not the file.
+    Raises:
+        ValueError: with the name of the first unreadable file, if there is one.
     """
     for batch in range(iteration, iteration + ahead + 1):
         for position in plan.draws(batch).positions:

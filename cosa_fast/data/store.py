@@ -168,11 +168,11 @@ class PseudoLabels:
         self.info = StoreInfo(**values)
         self._arrays: dict[str, zarr.Array[Any] | Pixels] = {**arrays}
         for name, array in arrays.items():
-            wanted = math.ceil(len(self) / (array.shards or (1,))[0])
+            count, wanted = array.shape[0], math.ceil(len(self) / (array.shards or (1,))[0])
             found = sum(file.is_file() for file in (path / name / "c").rglob("*"))
-            if not array.shape[0] == len(self.sizes) == len(self) or found != wanted:
+            if not count == len(self.sizes) == len(self) or found != wanted:
                 raise ValueError(
-                    f"{path}: {name} has {array.shape[0]} images in {found} files, wanted {len(self)} in {wanted}: {REMAKE}"
+                    f"{path}: {name} has {count} images in {found} files, wanted {len(self)} in {wanted}: {REMAKE}"
                 )
 
     def __len__(self) -> int:

@@ -33,6 +33,7 @@ def views(plan: Plan, config: LoaderConfig, start: int, device: torch.device) ->
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else starting the loader advances the global one, which a resumed run restored
     )
     mean = 255 * torch.tensor(plan.config.mean, device=device).view(3, 1, 1)
     std = 255 * torch.tensor(plan.config.std, device=device).view(3, 1, 1)

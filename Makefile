@@ -20,7 +20,6 @@ help: ## list the targets
 run: $(VENV)/.pipeline ## install, then run the pipeline (the demo: MiniVOC on the CPU)
 	@echo "== running: snakemake --cores all $(TARGET) $(ARGS)"
 	@$(ACTIVATED) snakemake --cores all $(TARGET) $(ARGS)
-	@test ! -f "$(TARGET)" || { echo "== $(TARGET)"; cat "$(TARGET)"; }
 
 test: $(VENV)/.dev ## install, then run the tests
 	@echo "== testing: pytest $(ARGS)"

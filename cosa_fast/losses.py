@@ -26,11 +26,16 @@ def cam_to_seg_loss(seg: Tensor, cams: Tensor, threshold: Tensor, valid_box: Ten
         valid_box: (B, 4), in pixels of `cams`.
         config: RAW, balance and ignore-band switches.
     """
-    shape = {"lambda_alpha": config.lambda_alpha, "lambda_beta": config.lambda_beta}
+    alpha, beta = config.lambda_alpha, config.lambda_beta
     if config.raw and not config.balance:
-        return raw_cross_entropy(seg, cams, threshold, size=cams.shape[-2:], valid_box=valid_box, **shape)
+        size = (cams.shape[-2], cams.shape[-1])
+        return raw_cross_entropy(
+            seg, cams, threshold, size=size, valid_box=valid_box, lambda_alpha=alpha, lambda_beta=beta
+        )
     with torch.no_grad():
-        labels, perplexity = cam_pseudo_labels(cams, threshold, valid_box=valid_box, **shape)
+        labels, perplexity = cam_pseudo_labels(
+            cams, threshold, valid_box=valid_box, lambda_alpha=alpha, lambda_beta=beta
+        )
         if config.ignore_band is not None:
             labels = banded_labels(cams, config.ignore_band, valid_box)
         reliability = perplexity.reciprocal() if config.raw else torch.ones_like(perplexity)

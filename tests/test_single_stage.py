@@ -52,7 +52,8 @@ def sections(**changes: dict[str, Any]) -> dict[str, Any]:
         "cosa": {"scales": (1.0,), "flip": False, "label_size": 24, "momentum": 0.9},
         "optim": {"lr": 1e-3, "warmup": 2},
         "train": {
-            "iterations": 12, "batch_size": 4, "c2s_start": 2, "guidance_start": 4, "checkpoint_every": 4, "log_every": 4
+            "iterations": 12, "batch_size": 4, "c2s_start": 2, "guidance_start": 4, "checkpoint_every": 4,
+            "log_every": 4,
         },
         "runtime": {"device": "cpu"},
     }  # fmt: skip

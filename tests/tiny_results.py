@@ -49,7 +49,8 @@ def write_checkpoint(path: Path, classes: tuple[str, ...] = CLASSES, threshold: 
         net = CosaNet(MODEL, len(classes), AUGMENT.crop, pretrained=False)
         tensors |= {f"{network}.{name}": tensor for name, tensor in net.state_dict().items()}
     sections = {
-        "augment": AUGMENT, "model": MODEL, "cosa": CosaConfig(csc=False), "optim": OptimConfig(), "train": TrainConfig(),
+        "augment": AUGMENT, "model": MODEL, "cosa": CosaConfig(csc=False), "optim": OptimConfig(),
+        "train": TrainConfig(),
     }  # fmt: skip
     metadata = {
         "kind": "cosa",

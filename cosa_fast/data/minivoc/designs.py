@@ -55,7 +55,8 @@ def _part(texture: Texture, inks: str, *outlines: Outline) -> Part:
 DESIGNS: dict[str, Design] = {
     "aeroplane": Design(
         scale=1.15,
-        inks={"hull": LIGHT + PAINT[-1:], "rivet": PAINT[5:] + DARK[2:3], "engine": PAINT + BLACK, "pane": PANE, "shine": LIGHT},
+        inks={"hull": LIGHT + PAINT[-1:], "rivet": PAINT[5:] + DARK[2:3], "engine": PAINT + BLACK, "pane": PANE,
+              "shine": LIGHT},
         parts=(
             _part(
                 textures.rivets, "hull rivet",
@@ -80,7 +81,8 @@ DESIGNS: dict[str, Design] = {
         ),
     ),
     "bird": Design(
-        inks={"down": PAINT[3:6] + PAINT[1:2], "edge": DARK, "head": FUR + PAINT, "limb": PAINT[1:3] + BLACK, "black": BLACK},
+        inks={"down": PAINT[3:6] + PAINT[1:2], "edge": DARK, "head": FUR + PAINT,
+              "limb": PAINT[1:3] + BLACK, "black": BLACK},
         parts=(
             _part(
                 textures.plain, "limb black",
@@ -255,5 +257,8 @@ DESIGNS: dict[str, Design] = {
         ),
     ),
 }  # fmt: skip
-"""Every class in the order of its mask id (1 = first). Colours are typical of a class, but none is unique to it. Most of an object carries its class's texture, and parts shared
-with others cover the rest, 16-31 %: a small part with a texture of its own would attract the whole activation."""
+"""Every class in the order of its mask id (1 = first).
+
+Most of an object carries its class's texture, and parts shared with others cover the rest, 16-31 %: a small part with a
+texture of its own would attract the whole activation. Colours are typical of a class, but none is unique to it.
+"""

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.error("%s: error: %s", name, error, exc_info=os.environ.get("COSA_FAST_DEBUG") == "1")
         return 1
     except KeyboardInterrupt:
-        logger.error("%s: interrupted; run the same command to continue", name)
+        logger.error("\n%s: interrupted; run the same command to continue", name)
         return 130
     except Exception:
         logger.exception("%s: failed unexpectedly; please report this", name)

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from cosa_kernels import cam_pseudo_labels
 from torch import Tensor
 from tqdm import tqdm
@@ -25,12 +24,13 @@ from cosa_fast.figures import PanelRow, write_panel
 from cosa_fast.files import write_atomically
 from cosa_fast.inference import (
     chunks,
-    label_maps,
+    label_map,
     normalise,
     predict,
     predict_segmenter,
     prefetch,
     read_rgb,
+    resize,
     square,
     to_tensor,
 )
@@ -205,14 +205,14 @@ def _predict_batch(
     standalone = _predict_standalone(systems, batch)
     for slot, sample in enumerate(batch):
         size = (sample.image.height, sample.image.width)
-        free, filtered = label_maps(prediction.seg[slot], size, present[slot])
-        maps = {(COSA, FREE): free, (COSA, FILTERED): filtered}
+        scores = {COSA: resize(prediction.seg[slot], size)}
         if standalone:
-            free, filtered = label_maps(standalone[slot], size, present[slot])
-            maps |= {(COSA_MS, FREE): free, (COSA_MS, FILTERED): filtered}
-        cams = F.interpolate(prediction.cams[slot][None], size=size, mode="bilinear", align_corners=False)
-        maps[CAM, FILTERED] = cam_pseudo_labels(cams, systems.threshold)[0][0]
-        yield sample, maps, cams[0].amax(dim=0)
+            scores[COSA_MS] = standalone[slot]
+        maps = {(system, FREE): label_map(values) for system, values in scores.items()}
+        maps |= {(system, FILTERED): label_map(values, present[slot]) for system, values in scores.items()}
+        cams = resize(prediction.cams[slot], size)
+        maps[CAM, FILTERED] = cam_pseudo_labels(cams[None], systems.threshold)[0][0]
+        yield sample, maps, cams.amax(dim=0)
 
 
 def _predict_standalone(systems: Systems, batch: Sequence[Sample]) -> list[Tensor]:
@@ -267,10 +267,11 @@ def report(systems: Systems, scores: Sequence[Score], files: dict[str, Path | No
     """The text of the result file; its first line says what data the numbers are of."""
     dataset, cosa, config = systems.dataset, systems.cosa, systems.config
     first = f"{dataset.name} (synthetic; not comparable with PASCAL VOC numbers)" if dataset.synthetic else dataset.name
+    oracle = " and masks (oracle guidance)" if cosa.config["cosa"]["guidance"] == "gt" else ""
     splits = [f"{split} ({len(dataset.splits[split])} images)" for split in dataset.eval_splits]
     facts = [
         ("splits", f"{', '.join(splits)}; {len(dataset.classes)} classes and background"),
-        ("trained on", f"image-level labels of {dataset.train_split} ({len(dataset.train)} images)"),
+        ("trained on", f"image-level labels{oracle} of {dataset.train_split} ({len(dataset.train)} images)"),
         ("CoSA", f"{files['checkpoint']} (sha256 {cosa.sha256[:12]}), {cosa.iteration} iterations"),
         ("", f"{config.network} network, {cosa.config['model']['name']}; {_switches(cosa.config['cosa'])}"),
     ]

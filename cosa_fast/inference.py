@@ -72,24 +72,29 @@ def predict_segmenter(net: Segmenter, images: Tensor, scales: Sequence[float], f
     return total
 
 
-def label_maps(scores: Tensor, size: tuple[int, int], present: Tensor) -> tuple[Tensor, Tensor]:
-    """The predictions for one image, without and with its image-level labels.
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(C, h, w) scores, not labels, to (C, *size), bilinear."""
+    if tuple(maps.shape[-2:]) == tuple(size):
+        return maps
+    return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def label_map(scores: Tensor, present: Tensor | None = None) -> Tensor:
+    """The best class of each pixel.
 
     Args:
-        scores: (C + 1, h, w) logits or probabilities, channel 0 the background.
-        size: (H, W) of the image.
-        present: (C,) 1 for the classes in the image-level labels.
+        scores: (C + 1, H, W) logits or probabilities, channel 0 the background.
+        present: (C,) 1 for the classes in the image-level labels: only they and the background may be chosen, which
+            is what the paper's 76.2 measures. None: the prediction is free of labels.
 
     Returns:
-        label-free and label-filtered (H, W) uint8 maps. The filtered one, which is what the paper's 76.2 measures,
-        chooses among the background and the present classes only.
+        (H, W) uint8.
     """
-    full = scores[None]
-    if tuple(scores.shape[-2:]) != tuple(size):
-        full = F.interpolate(full, size=size, mode="bilinear", align_corners=False)
-    absent = F.pad(present == 0, (1, 0), value=False)
-    filtered = full.masked_fill(absent[None, :, None, None], float("-inf"))
-    return full[0].argmax(dim=0).to(torch.uint8), filtered[0].argmax(dim=0).to(torch.uint8)
+    if present is not None:
+        absent = F.pad(present == 0, (1, 0), value=False)
+        scores = scores.masked_fill(absent[:, None, None], float("-inf"))
+    # Not argmax, which is three to five times slower on a CPU.
+    return scores.max(dim=0).indices.to(torch.uint8)
 
 
 def read_rgb(dataset: Index, image: Image) -> PIL.Image.Image:

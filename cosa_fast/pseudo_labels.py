@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from cosa_kernels import cam_pseudo_labels
 from PIL import Image as PilImage
 from torch import Tensor
@@ -23,7 +22,7 @@ from cosa_fast.data.classes import voc_palette
 from cosa_fast.data.index import Image, Index
 from cosa_fast.data.store import Pixels, PseudoLabel, PseudoLabels, StoreInfo, write_store
 from cosa_fast.files import describe_os_error, require_space
-from cosa_fast.inference import chunks, label_maps, normalise, predict, prefetch, read_rgb, square
+from cosa_fast.inference import chunks, label_map, normalise, predict, prefetch, read_rgb, resize, square
 from cosa_fast.models.checkpoint import CosaCheckpoint, load_cosa
 from cosa_fast.runtime import Runtime, resolve
 
@@ -121,13 +120,13 @@ def _rows(
 
 
 def _row(cams: Tensor, seg: Tensor, present: Tensor, size: tuple[int, int], threshold: float) -> PseudoLabel:
-    maps = F.interpolate(cams[None], size=size, mode="bilinear", align_corners=False)
-    labels, _ = cam_pseudo_labels(maps, threshold)
-    confidence = (maps[0].amax(dim=0) * 255).round()
+    maps = resize(cams, size)
+    labels, _ = cam_pseudo_labels(maps[None], threshold)
+    confidence = (maps.amax(dim=0) * 255).round()
     return PseudoLabel(
         labels=labels[0].cpu().numpy(),
         confidence=confidence.to(torch.uint8).cpu().numpy(),
-        segmentation=label_maps(seg, size, present)[1].cpu().numpy(),
+        segmentation=label_map(resize(seg, size), present).cpu().numpy(),
     )
 
 

@@ -18,12 +18,13 @@ from cosa_fast.config import ModelConfig, RuntimeConfig
 from cosa_fast.data.index import Image, Index
 from cosa_fast.inference import (
     chunks,
-    label_maps,
+    label_map,
     normalise,
     predict,
     predict_segmenter,
     prefetch,
     read_rgb,
+    resize,
     square,
     to_tensor,
 )
@@ -93,26 +94,23 @@ def test_segmenter_probabilities_add_up_over_scales_and_mirrors() -> None:
     assert torch.equal(predict_segmenter(net, images, (1.0,), False, CPU)[0].argmax(0), (images[0, 0] > 0).long())
 
 
-def test_label_maps() -> None:
+def test_label_map() -> None:
     scores = torch.zeros(4, 2, 2)
     scores[3, 0, 0] = 5  # best of all, but absent
     scores[1, 0, 0] = 1  # second best, present
     scores[2, 0, 1] = 2  # absent, background is next
     scores[0] += 0.5
-    free, filtered = label_maps(scores, (2, 2), torch.tensor([1.0, 0, 0]))
-    assert free.tolist() == [[3, 2], [0, 0]]
-    assert filtered.tolist() == [[1, 0], [0, 0]]
-    assert free.dtype == filtered.dtype == torch.uint8
-    nothing = label_maps(scores, (2, 2), torch.zeros(3))[1]
-    assert nothing.tolist() == [[0, 0], [0, 0]]  # the background is never masked
+    assert label_map(scores).tolist() == [[3, 2], [0, 0]]
+    assert label_map(scores, torch.tensor([1.0, 0, 0])).tolist() == [[1, 0], [0, 0]]
+    assert label_map(scores, torch.zeros(3)).tolist() == [[0, 0], [0, 0]]  # the background is never masked
+    assert label_map(scores).dtype == torch.uint8
 
 
-def test_label_maps_resize_scores_not_labels() -> None:
-    """Half-way between a strong class 1 and a weak background the scores, not the labels, decide."""
-    scores = torch.tensor([[[1.0, 0.0]], [[0.0, 9.0]]])
-    free, _ = label_maps(scores, (1, 8), torch.ones(1))
-    assert free.tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]]  # third pixel: background 0.875, class 1 9 * 0.125
-    assert label_maps(scores, (5, 3), torch.ones(1))[0].shape == (5, 3)
+def test_scores_are_resized_not_labels() -> None:
+    """Between a weak background and a strong class 1 the class gets more than half of the pixels."""
+    scores = resize(torch.tensor([[[1.0, 0.0]], [[0.0, 9.0]]]), (1, 8))
+    assert label_map(scores).tolist() == [[0, 0, 1, 1, 1, 1, 1, 1]]  # third pixel: background 0.875, class 1 9 * 0.125
+    assert resize(torch.zeros(2, 4, 4), (5, 3)).shape == (2, 5, 3)
 
 
 def test_loading(tmp_path: Path) -> None:

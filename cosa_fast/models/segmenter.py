@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from cosa_fast.config import MultistageConfig
+from cosa_fast.config import MultistageConfig, config_from_mapping
 from cosa_fast.files import sha256
 from cosa_fast.models.checkpoint import load_safetensors, save_safetensors
 
@@ -144,7 +144,7 @@ def load_segmenter(path: Path, device: torch.device | str = "cpu") -> SegmenterC
     tensors, metadata = load_safetensors(path, device)
     if metadata.get("kind") != "segmenter":
         raise ValueError(f"{path} holds a {metadata.get('kind')!r} model: give the output of the `multistage` stage")
-    config = MultistageConfig.model_validate(metadata["config"])
+    config = config_from_mapping({"multistage": metadata["config"]}, source=str(path)).multistage
     net = build_segmenter(config, len(metadata["classes"]) + 1, initialise=False)
     net.load_state_dict(tensors)
     return SegmenterCheckpoint(

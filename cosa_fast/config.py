@@ -380,7 +380,10 @@ def describe_validation_error(error: ValidationError, source: str) -> str:
             lines.append(f"{source}: unknown key {place!r}; config/README.md lists every key")
         else:
             message = problem["msg"].removeprefix("Value error, ")
-            lines.append(f"{source}: {place} = {problem['input']!r}: {message}")
+            # A rule between keys names them itself; the whole section would only hide its message.
+            between_keys = problem["type"] == "value_error" and isinstance(problem["input"], dict)
+            given = "" if between_keys else f" = {problem['input']!r}"
+            lines.append(f"{source}: {place}{given}: {message}")
     return "\n".join(lines)
 
 

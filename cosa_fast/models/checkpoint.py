@@ -17,7 +17,8 @@ from cosa_fast.config import AugmentConfig, ModelConfig, config_from_mapping
 from cosa_fast.files import sha256, write_atomically
 from cosa_fast.models.cosa import CosaNet
 
-SCHEMA = "cosa-fast/1"
+HEADER = "cosa-fast"
+SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
     Raises:
         ValueError: the disk is full or the folder cannot be written.
     """
-    header = {"schema": SCHEMA, "metadata": json.dumps(dict(metadata), sort_keys=True)}
+    # One key: safetensors writes several in random order, and the same weights must give the same file.
+    header = {HEADER: json.dumps({"schema": SCHEMA, **metadata}, sort_keys=True)}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def write(target: Path) -> None:
@@ -72,9 +74,10 @@ def load_safetensors(path: Path, device: torch.device | str = "cpu") -> tuple[di
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file ({error}): make it again") from None
-    if header.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is not a cosa-fast checkpoint (schema {header.get('schema')!r}, wanted {SCHEMA!r})")
-    return tensors, json.loads(header["metadata"])
+    metadata = json.loads(header.get(HEADER, "{}"))
+    if metadata.pop("schema", None) != SCHEMA:
+        raise ValueError(f"{path} is not a cosa-fast checkpoint of schema {SCHEMA}: give the output of a stage")
+    return tensors, metadata
 
 
 def load_cosa(

@@ -88,7 +88,9 @@ def test_from_photographs_to_miou(dataset: str, tmp_path: Path) -> None:
         store,
         segmenter,
         tmp_path / "resume_ms",
-        multistage=MultistageConfig(encoder="resnet18", encoder_weights=None, iterations=2, batch_size=2, crop=96),
+        multistage=MultistageConfig(
+            architecture="Linknet", encoder="tu-test_resnet", encoder_weights=None, iterations=2, batch_size=2, crop=96
+        ),
         runtime=CPU,
         threads=1,
     )

@@ -7,6 +7,7 @@ The defaults are the paper's VOC settings (Sec. 4.1; where the paper is silent, 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -366,7 +367,7 @@ def to_flags(config: Config, *sections: str) -> str:
     for section in sections:
         for key, value in json.loads(getattr(config, section).model_dump_json()).items():
             words = value if isinstance(value, list) else [value]
-            text = " ".join(f"'{word}'" if isinstance(word, str) else str(word) for word in words)
+            text = " ".join(shlex.quote(str(word)) for word in words)
             flags.append(f"--{section}.{key.replace('_', '-')} {text}".rstrip())
     return " ".join(flags)
 

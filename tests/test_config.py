@@ -91,7 +91,7 @@ def test_unreadable_files(tmp_path: Path, content: str | None, message: str) -> 
 
 def test_flags_name_every_key_of_a_section() -> None:
     flags = to_flags(config_from_mapping({"voc": {"root": "/my data", "eval_splits": []}}), "voc")
-    assert flags == "--voc.root '/my data' --voc.download False --voc.train-split 'train_aug' --voc.eval-splits"
+    assert flags == "--voc.root '/my data' --voc.download False --voc.train-split train_aug --voc.eval-splits"
 
 
 def test_sections_are_immutable() -> None:

@@ -93,6 +93,16 @@ def test_another_configuration_starts_anew_and_says_what_differs(
         second.go(tmp_path, fingerprint={"lr": 0.2})
     assert second.seen[0] == 0
     assert "lr was 0.1, is 0.2" in caplog.text
+    assert (tmp_path / "state.other.pt").exists()  # the other run's state is put aside, not lost
+
+
+def test_a_state_with_a_loss_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    """Checkpoints fall between the log lines here, so the log cannot be what stops it."""
+    run = Run(20)
+    run.go(tmp_path / "good", step=lambda i, b: {"loss": torch.tensor(1.0)})
+    with pytest.raises(ValueError, match="the loss is nan at iteration 8"):
+        run.go(tmp_path / "bad", step=lambda i, b: {"loss": torch.tensor(float("nan") if i >= 4 else 1.0)})
+    assert not (tmp_path / "bad/state.pt").exists()
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
@@ -154,6 +164,12 @@ except ValueError as error:
 def test_loss_that_is_not_finite_stops(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the loss is nan at iteration 4"):
         Run().go(tmp_path, step=lambda iteration, batch: {"loss": torch.tensor(float("nan"))})
+
+
+def test_a_term_that_starts_within_an_interval_is_averaged_over_its_own_iterations(tmp_path: Path) -> None:
+    step = lambda i, b: {"loss": torch.tensor(1.0)} | ({"late": torch.tensor(6.0)} if i >= 2 else {})  # noqa: E731
+    Run(4).go(tmp_path, step=step)
+    assert metrics(tmp_path)[0]["late"] == 6.0
 
 
 def test_metrics_are_means_over_the_log_interval(tmp_path: Path) -> None:

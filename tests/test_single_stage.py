@@ -129,6 +129,7 @@ def test_the_oracle_reads_masks_in_the_geometry_of_the_crops(index: Path, tmp_pa
     [
         ({"augment": {"crop": 50}}, "augment.crop = 50 must be a multiple of the model's stride 8: try 48"),
         ({"cosa": {"label_size": 64}}, "cosa.label_size = 64 is larger than augment.crop = 48"),
+        ({"train": {"iterations": 2}}, "train.iterations = 2 ends before train.c2s_start = 2"),
         ({"runtime": {"device": "cuda:9"}}, "CUDA devices: use auto or cpu"),
         ({"runtime": {"device": "gpu"}}, "is not a device"),
     ],

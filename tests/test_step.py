@@ -212,9 +212,9 @@ def test_detach_stops_the_guidance_gradient(detach: str, features: bool, weights
     net = make_trainer(detach=detach).online
     out = net(make_batch().strong)
     if not (features or weights):
-        assert not out.cams.requires_grad
+        assert not out.guided_cams.requires_grad
         return
-    out.cams.square().sum().backward()
+    out.guided_cams.square().sum().backward()
     assert bool(net.classifier.weight.grad.any()) == weights
     assert bool(net.encoder.vit.blocks[0].mlp.fc1.weight.grad.any()) == features
 

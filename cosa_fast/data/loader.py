@@ -8,6 +8,7 @@ from contextlib import closing
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cosa_fast.config import AugmentConfig, LoaderConfig
@@ -64,11 +65,17 @@ def _batches(plan: Plan, views: Iterator[tuple[Tensor, Tensor]], labels: Tensor,
         for iteration in itertools.count(start):
             weak, strong = next(views)
             draws = plan.draws(iteration)
-            positions = torch.tensor(draws.positions, device=labels.device)
+            positions = _send(draws.positions, labels.device)
             yield Batch(
                 weak=weak,
                 strong=strong,
                 labels=labels[positions],
-                valid_box=torch.tensor(draws.geometry.valid_box, device=labels.device),
+                valid_box=_send(draws.geometry.valid_box, labels.device),
                 index=positions,
             )
+
+
+def _send(values: NDArray[np.int64], device: torch.device) -> Tensor:
+    """A copy on `device`; from pinned memory, so that the host does not wait for the previous step."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

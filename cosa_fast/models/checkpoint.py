@@ -54,6 +54,7 @@ def save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappin
     def write(target: Path) -> None:
         try:
             save_file(contiguous, str(target), metadata=header)
+            target.chmod(0o644)  # safetensors makes files that others cannot read
         except SafetensorError as error:  # its I/O errors are not OSErrors
             raise OSError(28 if "space" in str(error).lower() else 5, str(error)) from error
 

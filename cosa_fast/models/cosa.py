@@ -21,6 +21,8 @@ class Outputs:
     """(B, C) class logits of the auxiliary classifier."""
     cams: Tensor
     """(B, C, h, w) class activation maps M, as logits."""
+    guided_cams: Tensor
+    """(B, C, h, w) the same maps for the Seg2CAM loss, whose gradient `model.detach` may stop (Table 4a)."""
     aux_cams: Tensor
     """(B, C, h, w) maps of the earlier block (M-dagger), as logits."""
     seg: Tensor
@@ -51,12 +53,13 @@ class CosaNet(nn.Module):
         return Outputs(
             logits=self.classifier(F.adaptive_max_pool2d(features, 1)).flatten(1),
             aux_logits=self.aux_classifier(F.adaptive_max_pool2d(aux_features, 1)).flatten(1),
-            cams=self._cams(features),
+            cams=F.conv2d(features, self.classifier.weight),
+            guided_cams=self._guided_cams(features),
             aux_cams=F.conv2d(aux_features, self.aux_classifier.weight),
             seg=self.decoder(features),
         )
 
-    def _cams(self, features: Tensor) -> Tensor:
+    def _guided_cams(self, features: Tensor) -> Tensor:
         """Maps whose guidance gradient is stopped where Table 4a's variants ask for it."""
         weight = self.classifier.weight
         if self.detach in ("feat", "all"):

@@ -63,19 +63,24 @@ def run(
         require_space(folder, 4 * size, f"{name} (two checkpoints and the result)")
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
         metrics = _truncate_log(folder / "metrics.jsonl", start)
+        for leftover in folder.glob(f".{path.name}.*.tmp"):  # of a process killed while it saved
+            leftover.unlink()
         totals: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
         source = batches(start)
         clock = time.perf_counter()
         progress = tqdm(range(start, iterations), desc=name, initial=start, total=iterations, disable=None)
         for iteration in progress:
             for key, value in step(iteration, next(source)).items():
                 totals[key] = totals[key] + value if key in totals else value.clone()
+                counts[key] = counts.get(key, 0) + 1
             done = iteration + 1
             if done % log_every == 0 or done == iterations:
                 # One wait for the device per log line, not per iteration.
-                count = (done - 1) % log_every + 1
-                means = {key: float(total) / count for key, total in totals.items()}
+                count = counts["loss"]
+                means = {key: float(total) / counts[key] for key, total in totals.items()}
                 totals.clear()
+                counts.clear()
                 elapsed, clock = time.perf_counter() - clock, time.perf_counter()
                 _report(metrics, writer, done, {**means, "seconds_per_iteration": elapsed / count})
                 progress.set_postfix(loss=f"{means['loss']:.3f}")
@@ -86,7 +91,7 @@ def run(
                         f"{name}: the loss is {means['loss']} at iteration {done}; lower the learning rate or look at "
                         f"{folder / 'metrics.jsonl'}. The last checkpoint is kept"
                     )
-            if done % checkpoint_every == 0 and done < iterations:
+            if done % checkpoint_every == 0 and done < iterations and all(map(_finite, totals.values())):
                 _save(path, fingerprint, state, done)
         writer.close()
         if hasattr(source, "close"):
@@ -126,7 +131,9 @@ def _resume(path: Path, fingerprint: Mapping[str, Any], state: Mapping[str, Stat
         raise ValueError(f"the saved state {path} is damaged: delete it to start again") from None
     difference = _difference(json.loads(saved["fingerprint"]), json.loads(json.dumps(fingerprint, default=str)))
     if difference:
-        log.warning("%s: %s is of another run (%s): starting anew", name, path, "; ".join(difference[:5]))
+        other = path.with_name("state.other.pt")
+        path.replace(other)
+        log.warning("%s: starting anew, %s is of another run (%s)", name, other, "; ".join(difference[:5]))
         return 0
     for key, part in state.items():
         part.load_state_dict(saved["state"][key])
@@ -158,6 +165,11 @@ def _report(path: Path, writer: SummaryWriter, iteration: int, values: Mapping[s
         handle.write(json.dumps({"iteration": iteration, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
     for key, value in values.items():
         writer.add_scalar(key, value, iteration)
+
+
+def _finite(total: Tensor) -> bool:
+    """Whether a state is worth saving: one whose loss is not finite could never be resumed."""
+    return bool(total.isfinite().all())
 
 
 def _bytes(value: Any) -> int:

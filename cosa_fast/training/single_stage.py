@@ -65,10 +65,14 @@ def train(
     torch.manual_seed(train.seed)
     net = CosaNet(model, len(dataset.classes), augment.crop)
     _check_sizes(net, augment, cosa)
+    _check_schedule(train, cosa)
     truth = oracle_masks(masks, dataset, augment, train) if cosa.guidance == "gt" else None
     guidance = Guidance(cosa.guidance, truth, train.seed)
     sections = {"augment": augment, "model": model, "cosa": cosa, "optim": optim, "train": train}
     config: dict[str, Any] = {name: section.model_dump(mode="json") for name, section in sections.items()}
+    # How often the state is saved and the losses are logged does not decide the result.
+    rhythm = {"checkpoint_every", "log_every"}
+    decisive = {**config, "train": train.model_dump(mode="json", exclude=rhythm)}
     require_space(output.parent, 3 * 4 * parameter_count(net), "the checkpoint")
     log.info(
         "CoSA on %s: %d images, %d classes, %.1f M parameters, %s",
@@ -85,7 +89,7 @@ def train(
     loop.run(
         name="train",
         folder=resume,
-        fingerprint={**config, "index": sha256(index)},
+        fingerprint={**decisive, "index": sha256(index)},
         iterations=train.iterations,
         state={"trainer": trainer, "optimizer": trainer.optimizer},
         batches=source,
@@ -126,3 +130,18 @@ def _check_sizes(net: CosaNet, augment: AugmentConfig, cosa: CosaConfig) -> None
         raise ValueError(f"augment.crop = {augment.crop} must be a multiple of the model's stride {stride}: try {near}")
     if cosa.label_size is not None and cosa.label_size > augment.crop:
         raise ValueError(f"cosa.label_size = {cosa.label_size} is larger than augment.crop = {augment.crop}")
+
+
+def _check_schedule(train: TrainConfig, cosa: CosaConfig) -> None:
+    if train.iterations <= train.c2s_start:
+        raise ValueError(
+            f"train.iterations = {train.iterations} ends before train.c2s_start = {train.c2s_start}: the segmentation "
+            "would never be trained; lower c2s_start (and guidance_start) with it"
+        )
+    if train.iterations <= train.guidance_start and (cosa.guidance != "none" or cosa.csc or cosa.dynamic_threshold):
+        log.warning(
+            "train.iterations = %d ends before train.guidance_start = %d: guidance, contrastive separation and the "
+            "dynamic threshold never start",
+            train.iterations,
+            train.guidance_start,
+        )

@@ -103,7 +103,7 @@ class CosaTrainer(nn.Module):
             terms["c2s_aux"] = cam_to_seg_loss(outputs.seg, aux_cams, aux_xi, box, config)
             loss = loss + config.lambda_c2s * (terms["c2s"] + terms["c2s_aux"])
             if guided and config.guidance != "none":
-                terms["s2c"] = self._guide(outputs.cams, targets, batch, iteration)
+                terms["s2c"] = self._guide(outputs.guided_cams, targets, batch, iteration)
                 loss = loss + config.lambda_s2c * terms["s2c"]
             if guided and config.csc:
                 terms["csc"] = self._contrast(outputs.cams, aux_cams, aux_xi, box)

@@ -73,10 +73,11 @@ def _otsu(share: Tensor, centers: Tensor, width: float) -> tuple[Tensor, Tensor,
     above = (below[-1] - below).clamp(min=1e-8)
     under = below.clamp(min=1e-8)
     mean_below, mean_above = first / under, (first[-1] - first) / above
-    split = (below * above * (mean_above - mean_below) ** 2)[:-1].argmax()
-    weight = torch.stack([under[split], above[split]])
-    mean = torch.stack([mean_below[split], mean_above[split]])
-    square = torch.stack([second[split] / under[split], (second[-1] - second[split]) / above[split]])
+    # Indexed by a 1-d tensor: a 0-d one would be read by the host.
+    split = (below * above * (mean_above - mean_below) ** 2)[:-1].argmax()[None]
+    weight = torch.cat([under[split], above[split]])
+    mean = torch.cat([mean_below[split], mean_above[split]])
+    square = torch.cat([second[split] / under[split], (second[-1] - second[split]) / above[split]])
     return weight, mean, (square - mean**2).clamp(min=width**2 / 12)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from cosa_kernels import DynamicThreshold, fit_bimodal_threshold
 from sklearn.mixture import GaussianMixture
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def bimodal(seed: int, low: float, high: float, share: float, count: int = 40_000) -> np.ndarray:
@@ -106,3 +109,18 @@ def test_state_dict_round_trip() -> None:
 def test_impossible_arguments(kwargs: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DynamicThreshold(**kwargs)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Fails where a value would travel from the device to the host."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a tensor was read by the host"
+        return func(*args, **(kwargs or {}))
+
+
+def test_update_never_waits_for_the_device() -> None:
+    threshold, cams = DynamicThreshold(0.5), batch(0, 0.2, 0.7)
+    with NoHostReads():
+        threshold.update(cams, torch.tensor([[0, 50, 0, 30], [0, 50, 0, 30]]))
+    assert float(threshold.xi) != 0.5

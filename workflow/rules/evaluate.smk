@@ -20,12 +20,13 @@ if SCORED:
         threads: CONFIG.threads
         resources:
             gpu=GPUS,
+            machine=to_flags(CONFIG, "runtime"),
         params:
-            flags=to_flags(CONFIG, "eval", "runtime"),
+            flags=to_flags(CONFIG, "eval"),
         message:
             "Measuring mIoU"
         shell:
             "cosa-fast evaluate --threads {threads} --log {log}"
             " --index {input.index} --masks {input.masks} --checkpoint {input.checkpoint}"
             " --segmenter {input.segmenter} --store {input.store}"
-            " --output {output.miou} --csv {output.per_class} --panel {output.panel} {params.flags}"
+            " --output {output.miou} --csv {output.per_class} --panel {output.panel} {params.flags} {resources.machine}"

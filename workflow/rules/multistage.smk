@@ -13,12 +13,13 @@ rule multistage:
     threads: CONFIG.threads
     resources:
         gpu=GPUS,
+        machine=to_flags(CONFIG, "runtime"),
     params:
         resume=RESUME / "segmenter",
-        flags=to_flags(CONFIG, "multistage", "runtime"),
+        flags=to_flags(CONFIG, "multistage"),
     message:
         "Training a segmentation network on the pseudo-labels"
     shell:
         "cosa-fast multistage --threads {threads} --log {log}"
         " --index {input.index} --store {input.store}"
-        " --output {output.segmenter} --resume {params.resume} {params.flags}"
+        " --output {output.segmenter} --resume {params.resume} {params.flags} {resources.machine}"

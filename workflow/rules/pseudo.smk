@@ -13,13 +13,14 @@ rule pseudo_labels:
     threads: CONFIG.threads
     resources:
         gpu=GPUS,
+        machine=to_flags(CONFIG, "runtime"),
     params:
-        flags=to_flags(CONFIG, "pseudo", "runtime"),
+        flags=to_flags(CONFIG, "pseudo"),
     message:
         "Writing the pseudo-labels of the training images"
     shell:
         "cosa-fast pseudo-labels --threads {threads} --log {log}"
-        " --index {input.index} --checkpoint {input.checkpoint} --output {output.store} {params.flags}"
+        " --index {input.index} --checkpoint {input.checkpoint} --output {output.store} {params.flags} {resources.machine}"
 
 
 # On request: snakemake --cores all results/pseudo_labels_png

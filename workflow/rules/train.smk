@@ -13,15 +13,14 @@ rule train:
     threads: CONFIG.threads
     resources:
         gpu=GPUS,
+        machine=to_flags(CONFIG, "loader", "runtime"),
     params:
         resume=RESUME / "cosa",
         masks="--masks" if ORACLE else "",
-        flags=to_flags(
-            CONFIG, "augment", "loader", "model", "cosa", "optim", "train", "runtime"
-        ),
+        flags=to_flags(CONFIG, "augment", "model", "cosa", "optim", "train"),
     message:
         "Training CoSA from image-level labels"
     shell:
         "cosa-fast train --threads {threads} --log {log}"
         " --index {input.index} {params.masks} {input.masks}"
-        " --output {output.checkpoint} --resume {params.resume} {params.flags}"
+        " --output {output.checkpoint} --resume {params.resume} {params.flags} {resources.machine}"

@@ -148,3 +148,10 @@ def test_checkpoint_errors(tmp_path: Path) -> None:
     save_safetensors(tmp_path / "other.safetensors", {"x": torch.zeros(1)}, {"kind": "segmenter"})
     with pytest.raises(ValueError, match="holds a 'segmenter' model"):
         load_cosa(tmp_path / "other.safetensors")
+
+
+def test_networks_compile_without_a_graph_break(mini: CosaNet) -> None:
+    compiled = torch.compile(mini, fullgraph=True, dynamic=False, backend="eager")
+    for side in (32, 24, 48):  # the sizes of the assignment network's scales
+        images = torch.randn(1, 3, side, side)
+        torch.testing.assert_close(compiled(images).seg, mini(images).seg)

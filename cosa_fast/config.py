@@ -179,7 +179,7 @@ class CosaConfig(Section):
     """Contrastive separation uses positions with perplexity at most this (Eq. 9)."""
     spl_temperature: Annotated[float, Field(gt=0)] = 0.01
     csc_temperature: Annotated[float, Field(gt=0)] = 0.5
-    """The paper does not state it; 0.5 is what the embedded demo tolerates (README, Fidelity)."""
+    """The paper does not state it (README, Fidelity)."""
     csc_scope: Literal["image", "batch"] = "image"
     """Contrast positions within each image, or across the batch."""
     balance: bool = False

@@ -20,7 +20,7 @@ _WITH_CONTEXT = 0.82
 """Chance that an object's context surrounds it. An image has one context only, so P(context | class) is lower, 0.77."""
 _ALONE = 0.55
 """Chance of a context without its class in an image that got none; makes P(class | context) about 0.56. With 0.74 the
-context is so good a cue that CAMs cover all of it and no variant of the method learns otherwise."""
+context was so good a cue that CAMs covered all of it in the runs that were tried."""
 _OBJECT_COUNTS = (0.65, 0.28, 0.07)
 """Chances of one, two and three objects."""
 _SIZES_ALONE, _SIZES_TOGETHER = (0.55, 0.85), (0.38, 0.56)

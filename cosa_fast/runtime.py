@@ -29,11 +29,6 @@ class Runtime:
             module.compile(dynamic=False)
         return module
 
-    def synchronize(self) -> None:
-        """Wait for the device (before reading a clock)."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
 
 def resolve(config: RuntimeConfig, threads: int | None = None) -> Runtime:
     """Choose the device and set the number of CPU threads.

@@ -53,7 +53,6 @@ class Run:
             step=step or self.step,
             checkpoint_every=5,
             log_every=4,
-            device=torch.device("cpu"),
         )
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
 

@@ -42,7 +42,6 @@ def run(
     step: Callable[[int, BatchT], dict[str, Tensor]],
     checkpoint_every: int,
     log_every: int,
-    device: torch.device,
 ) -> None:
     """Call `step(iteration, batch)` for every iteration not yet done.
 

@@ -93,7 +93,6 @@ def train_segmenter(
         step=trainer.step,
         checkpoint_every=multistage.checkpoint_every,
         log_every=multistage.log_every,
-        device=machine.device,
     )
     origin = {
         "sha256": digest,

@@ -96,7 +96,6 @@ def train(
         step=lambda iteration, batch: trainer.step(iteration, batch.to(machine.device)),
         checkpoint_every=train.checkpoint_every,
         log_every=train.log_every,
-        device=machine.device,
     )
     tensors = {
         f"{network}.{name}": tensor

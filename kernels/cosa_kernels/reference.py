@@ -18,9 +18,14 @@ from cosa_kernels.checks import (
     check_class_labels,
     check_labels,
     check_logits,
+    check_mirrored,
     check_open_fraction,
     check_positive,
+    check_size,
+    check_targets,
     check_valid_box,
+    check_view_size,
+    check_views,
 )
 
 Size = tuple[int, int]
@@ -49,25 +54,22 @@ def merge_cams(
         eps: added to the maximum, so that a map without any activation stays 0.
 
     Returns:
-        (B, C, H, W) in [0, 1].
+        (B, C, H, W) in [0, 1], at least float32.
     """
-    if mirrored and len(mirrored) != len(cams):
-        raise ValueError(
-            f"mirrored must be empty or hold one map per scale: got {len(mirrored)} for {len(cams)} scales"
-        )
-    if not cams:
-        raise ValueError("cams is empty: give the maps of at least one scale")
+    check_views("cams", cams)
+    check_mirrored(mirrored, cams)
     check_class_labels(class_labels, cams[0].shape[0], cams[0].shape[1])
-    total = torch.zeros(())
+    check_size(size)
+    wide = torch.promote_types(cams[0].dtype, torch.float32)
+    total = torch.zeros((), dtype=wide, device=cams[0].device)
     for position, view in enumerate(cams):
-        merged = upsample(view, size)
+        merged = upsample(view.to(wide), size)
         if mirrored:
-            merged = torch.maximum(merged, upsample(mirrored[position], size))
-        merged = merged.relu()
-        total = merged if position == 0 else total + merged
+            merged = torch.maximum(merged, upsample(mirrored[position].to(wide), size))
+        total = total + merged.relu()
     total = total - total.amin(dim=(-2, -1), keepdim=True)
     total = total / (total.amax(dim=(-2, -1), keepdim=True) + eps)
-    return total * class_labels.to(total.dtype)[..., None, None]
+    return total.masked_fill((class_labels == 0)[..., None, None], 0.0)
 
 
 def perplexity_of(confidence: Tensor, threshold: float | Tensor, lambda_alpha: float, lambda_beta: float) -> Tensor:
@@ -132,15 +134,21 @@ def box_mask(valid_box: Tensor, size: Size) -> Tensor:
 
 
 def upsample_cross_entropy(
-    logits: Tensor, target: Tensor, *, weight: Tensor | None = None, ignore_index: int = 255
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = 255,
+    reduction: str = "mean",
 ) -> Tensor:
     """Weighted cross-entropy of up-sampled logits: sum(w * CE) / sum(w).
 
     Args:
         logits: (B, K, h, w).
-        target: (B, H, W) integers below K, or `ignore_index`.
-        weight: (B, H, W), >= 0; None: 1.
+        target: (B, H, W) integers below K, or `ignore_index`; or (N, B, H, W): N losses, added.
+        weight: the shape of `target`, >= 0; None: 1.
         ignore_index: target of pixels that do not count.
+        reduction: "mean" divides each loss by the sum of its weights, "sum" does not.
 
     Returns:
         0-d tensor; 0 (with zero gradient) where no pixel counts.
@@ -149,13 +157,19 @@ def upsample_cross_entropy(
         ValueError: a shape or dtype is impossible.
     """
     check_logits(logits)
-    check_labels("target", target, len(logits))
+    check_targets(target, len(logits))
     full = upsample(logits.to(torch.promote_types(logits.dtype, torch.float32)), (target.shape[-2], target.shape[-1]))
-    loss = F.cross_entropy(full, target.long(), ignore_index=ignore_index, reduction="none")
-    counted = (target != ignore_index).to(full.dtype)
-    weight = counted if weight is None else counted * weight.to(full.dtype)
-    total = weight.sum()
-    return (weight * loss).sum() / torch.where(total > 0, total, 1.0)
+    targets = (target if target.ndim == 4 else target[None]).long()
+    weights = torch.ones_like(targets, dtype=full.dtype) if weight is None else weight.to(full.dtype).view_as(targets)
+    losses = []
+    for labels, factor in zip(targets, weights, strict=True):
+        counted = labels != ignore_index
+        loss = F.cross_entropy(full, labels, ignore_index=ignore_index, reduction="none")
+        # Not a product: what is ignored may have any weight, NaN included.
+        factor = torch.where(counted, factor, 0.0)
+        total = factor.sum() if reduction == "mean" else factor.new_ones(())
+        losses.append((factor * loss).sum() / torch.where(total > 0, total, 1.0))
+    return torch.stack(losses).sum()
 
 
 def raw_cross_entropy(
@@ -192,46 +206,65 @@ def raw_cross_entropy(
     return upsample_cross_entropy(logits, labels, weight=perplexity.reciprocal())
 
 
-def seg_pseudo_labels(seg_logits: Tensor, class_labels: Tensor, *, temperature: float = 0.01) -> Tensor:
+def seg_pseudo_labels(
+    seg_logits: Tensor | Sequence[Tensor],
+    class_labels: Tensor,
+    *,
+    temperature: float = 0.01,
+    size: Size | None = None,
+    grid: Size | None = None,
+) -> Tensor:
     """Segmentation pseudo-labels (SPL): softmax over background and present classes (Eq. 7).
 
     Args:
-        seg_logits: (B, C + 1, h, w).
+        seg_logits: (B, C + 1, h, w), or several of these (the views of a multi-scale network), which are up-sampled
+            to `size` and added.
         class_labels: (B, C), 1 for present classes.
         temperature: tau > 0.
+        size: (H, W) of the softmax; None: the views' own size, if they have the same.
+        grid: size to which the probabilities are resized; None: they stay at `size`.
 
     Returns:
-        (B, C + 1, h, w) probabilities, 0 for absent classes.
+        (B, C + 1, *grid) probabilities, 0 for absent classes, at least float32.
     """
-    check_logits(seg_logits)
+    views = [seg_logits] if isinstance(seg_logits, Tensor) else list(seg_logits)
+    check_views("seg_logits", views)
     check_positive("temperature", temperature)
-    check_class_labels(class_labels, seg_logits.shape[0], seg_logits.shape[1] - 1)
+    check_class_labels(class_labels, views[0].shape[0], views[0].shape[1] - 1)
+    size = check_view_size("seg_logits", views, size)
+    wide = torch.promote_types(views[0].dtype, torch.float32)
+    total = torch.zeros((), dtype=wide, device=views[0].device)
+    for view in views:
+        total = total + upsample(view.to(wide), size)
     absent = F.pad(class_labels == 0, (1, 0), value=False)
-    scaled = seg_logits.to(torch.promote_types(seg_logits.dtype, torch.float32)) / temperature
-    return scaled.masked_fill(absent[..., None, None], float("-inf")).softmax(dim=1)
+    return upsample((total / temperature).masked_fill(absent[..., None, None], float("-inf")).softmax(dim=1), grid)
 
 
 def seg_to_cam_loss(
-    cam_logits: Tensor, seg_logits: Tensor, class_labels: Tensor, *, temperature: float = 0.01
+    cam_logits: Tensor,
+    seg_logits: Tensor | Sequence[Tensor],
+    class_labels: Tensor,
+    *,
+    temperature: float = 0.01,
+    size: Size | None = None,
 ) -> Tensor:
     """Seg2CAM loss: binary cross-entropy of the CAMs against the segmentation pseudo-labels (Eq. 7, 8).
 
     Args:
         cam_logits: (B, C, h, w), of the online network.
-        seg_logits: (B, C + 1, h', w'), of the assignment network; they get no gradient. Their probabilities are
-            resized bilinearly to (h, w).
-        class_labels: (B, C), 1 for present classes.
-        temperature: tau > 0.
+        seg_logits: (B, C + 1, h', w'), of the assignment network, or several of these; they get no gradient. Their
+            probabilities are resized bilinearly to (h, w).
+        class_labels, temperature, size: see `seg_pseudo_labels`.
 
     Returns:
         0-d tensor, the mean over images, classes and positions.
     """
     check_logits(cam_logits)
+    grid = (cam_logits.shape[-2], cam_logits.shape[-1])
     with torch.no_grad():
-        probabilities = seg_pseudo_labels(seg_logits, class_labels, temperature=temperature)[:, 1:]
-        probabilities = upsample(probabilities, (cam_logits.shape[-2], cam_logits.shape[-1]))
+        probabilities = seg_pseudo_labels(seg_logits, class_labels, temperature=temperature, size=size, grid=grid)
     wide = cam_logits.to(torch.promote_types(cam_logits.dtype, torch.float32))
-    return F.binary_cross_entropy_with_logits(wide, probabilities.to(wide.dtype))
+    return F.binary_cross_entropy_with_logits(wide, probabilities[:, 1:].to(wide.dtype))
 
 
 def csc_info_nce(

@@ -1,0 +1,86 @@
+"""The numerical test of every operation: float64 reference, plain torch and kernel, values and gradients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Relative error that a result computed from inputs of this dtype may have by itself."""
+
+
+def relative_error(result: Tensor, truth: Tensor) -> float:
+    """||result - truth|| / ||truth||; a NaN or an infinity on one side only is infinitely wrong."""
+    result, truth = result.detach().double().cpu(), truth.detach().double().cpu()
+    if not torch.equal(result.isfinite(), truth.isfinite()):
+        return float("inf")
+    finite = truth.isfinite()
+    error, scale = (result - truth)[finite].norm(), truth[finite].norm()
+    return float(error / scale) if scale > 0 else float(error)
+
+
+def compare(
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    inputs: Tensor,
+    dtype: torch.dtype,
+    impl: str,
+    rounding: float | None = None,
+) -> None:
+    """`function(inputs, impl=impl)` in `dtype` must be as close to the float64 reference as the reference in `dtype`.
+
+    Both the value and the gradient with respect to `inputs`, each up to `rounding` (None: that of `dtype`). The float64
+    truth is computed from the rounded inputs.
+    """
+    rounded = inputs.to(DEVICE, dtype)
+    truth, eager, fast = (
+        _value_and_gradient(call, rounded.to(as_dtype))
+        for call, as_dtype in (
+            (reference, torch.float64),
+            (reference, dtype),
+            (lambda x: _poisoned(function, x, impl), dtype),
+        )
+    )
+    for what, true, plain, ours in zip(("value", "gradient"), truth, eager, fast, strict=True):
+        allowed = relative_error(plain, true) + (ROUNDING[dtype] if rounding is None else rounding)
+        got = relative_error(ours, true)
+        assert got <= allowed, (
+            f"{what}: relative error {got:.2e}, the reference in {dtype} and rounding allow {allowed:.2e}"
+        )
+
+
+def _value_and_gradient(call: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = inputs.detach().clone().requires_grad_()
+    value = call(leaf)
+    # Not 1: a backward that forgets the upstream gradient must fail.
+    (gradient,) = torch.autograd.grad(value, leaf, torch.full_like(value, 1.7))
+    return value, gradient
+
+
+def _poisoned(function: Callable[..., Tensor], inputs: Tensor, impl: str) -> Tensor:
+    with poisoned_memory():
+        return function(inputs, impl=impl)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """New memory holds NaN (or 113): reading what nobody wrote shows."""
+
+    def poison(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(float("nan") if tensor.is_floating_point() else 113)
+
+        return allocate_poisoned
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (Tensor, "new_empty")):
+            stack.enter_context(mock.patch.object(owner, name, poison(getattr(owner, name))))
+        yield

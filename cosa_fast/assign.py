@@ -21,8 +21,8 @@ class Assignments:
     """(B, C, S, S) merged CAMs M' in [0, 1], zero for absent classes."""
     aux_cams: Tensor
     """(B, C, S, S) merged auxiliary CAMs."""
-    seg: Tensor
-    """(B, C + 1, S, S) segmentation logits S', summed over views."""
+    seg: tuple[Tensor, ...]
+    """(B, C + 1, h_k, w_k) segmentation logits per view; S' is their sum at S x S, which nobody needs in full."""
     valid_box: Tensor
     """(B, 4) y0, y1, x0, x1 in pixels of the pseudo-label map."""
 
@@ -35,7 +35,7 @@ def assign(views: MultiScale, batch: Batch, config: CosaConfig) -> Assignments:
     return Assignments(
         cams=merge_cams(views.cams, views.mirrored_cams, class_labels=batch.labels, size=size),
         aux_cams=merge_cams(views.aux_cams, views.mirrored_aux_cams, class_labels=batch.labels, size=size),
-        seg=views.summed_seg(size),
+        seg=views.seg,
         valid_box=scale_box(batch.valid_box, crop, side),
     )
 

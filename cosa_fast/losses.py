@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from cosa_kernels import cam_pseudo_labels, raw_cross_entropy, upsample_cross_entropy
@@ -16,34 +18,38 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.to(labels.dtype), labels)
 
 
-def cam_to_seg_loss(seg: Tensor, cams: Tensor, threshold: Tensor, valid_box: Tensor, config: CosaConfig) -> Tensor:
-    """L_c2s: segmentation logits against the CAM pseudo-labels (Eq. 3 to 5).
+def cam_to_seg_loss(
+    seg: Tensor, cams: Sequence[Tensor], thresholds: Sequence[Tensor], valid_box: Tensor, config: CosaConfig
+) -> Tensor:
+    """L_c2s, added up over kinds of CAMs: segmentation logits against their pseudo-labels (Eq. 3 to 5), in one pass.
 
     Args:
         seg: (B, C + 1, h, w) logits of the online network.
-        cams: (B, C, S, S) merged CAMs of the assignment network.
-        threshold: 0-d xi.
+        cams: main and auxiliary merged CAMs of the assignment network, (B, C, S, S) each.
+        thresholds: 0-d xi of each.
         valid_box: (B, 4), in pixels of `cams`.
         config: RAW, balance and ignore-band switches.
     """
     alpha, beta = config.lambda_alpha, config.lambda_beta
     if config.raw and not config.balance:
-        size = (cams.shape[-2], cams.shape[-1])
+        size = (cams[0].shape[-2], cams[0].shape[-1])
         return raw_cross_entropy(
-            seg, cams, threshold, size=size, valid_box=valid_box, lambda_alpha=alpha, lambda_beta=beta
+            seg, cams, thresholds, size=size, valid_box=valid_box, lambda_alpha=alpha, lambda_beta=beta
         )
+    targets, weights = [], []
     with torch.no_grad():
-        labels, perplexity = cam_pseudo_labels(
-            cams, threshold, valid_box=valid_box, lambda_alpha=alpha, lambda_beta=beta
-        )
-        if config.ignore_band is not None:
-            labels = banded_labels(cams, config.ignore_band, valid_box)
-        reliability = perplexity.reciprocal() if config.raw else torch.ones_like(perplexity)
-        if config.balance:
-            reliability = balanced_weights(labels, reliability)
-    loss = upsample_cross_entropy(seg, labels, weight=reliability)
-    # The balanced weights add up to 1, or to 1/2 where the batch has only one of the two groups.
-    return loss * reliability.sum() if config.balance else loss
+        for maps, threshold in zip(cams, thresholds, strict=True):
+            labels, perplexity = cam_pseudo_labels(
+                maps, threshold, valid_box=valid_box, lambda_alpha=alpha, lambda_beta=beta
+            )
+            if config.ignore_band is not None:
+                labels = banded_labels(maps, config.ignore_band, valid_box)
+            reliability = perplexity.reciprocal() if config.raw else torch.ones_like(perplexity)
+            targets.append(labels)
+            weights.append(balanced_weights(labels, reliability) if config.balance else reliability)
+        target, weight = torch.stack(targets), torch.stack(weights)
+    # The balanced weights of one kind of CAMs add up to 1, or to 1/2 where the batch has only one of the two groups.
+    return upsample_cross_entropy(seg, target, weight=weight, reduction="sum" if config.balance else "mean")
 
 
 def balanced_weights(labels: Tensor, reliability: Tensor) -> Tensor:

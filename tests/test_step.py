@@ -166,7 +166,7 @@ def test_warm_up_trains_the_classifiers_and_decays_the_decoder() -> None:
 
 def test_c2s_comes_before_the_guidance() -> None:
     trainer, batch = make_trainer(), make_batch()
-    assert set(trainer.step(10, batch)) == {"cls", "cls_aux", "c2s", "c2s_aux", "loss", "threshold"}
+    assert set(trainer.step(10, batch)) == {"cls", "cls_aux", "c2s", "loss", "threshold"}
     assert float(trainer.threshold.xi) == 0.5
     assert {"s2c", "csc"} <= set(trainer.step(20, batch))
     assert float(trainer.threshold.xi) != 0.5
@@ -228,7 +228,7 @@ def test_balanced_weights_by_hand() -> None:
 def test_release_recipe_runs_with_band_balance_relu_and_energy() -> None:
     recipe = {"raw": False, "csc": False, "dynamic_threshold": False, "ignore_band": (0.25, 0.7), "balance": True}
     reported = terms(make_trainer(**recipe, s2c_relu=True, lambda_energy=0.05))
-    assert set(reported) == {"cls", "cls_aux", "c2s", "c2s_aux", "s2c", "energy", "loss", "threshold"}
+    assert set(reported) == {"cls", "cls_aux", "c2s", "s2c", "energy", "loss", "threshold"}
     assert reported["energy"] < 0
     assert all(math.isfinite(value) for value in reported.values())
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -35,13 +35,15 @@ class Guidance:
             raise ValueError("cosa.guidance = 'gt' is the oracle experiment and needs the training masks: give --masks")
         self.source, self.masks, self.seed = source, masks, seed
 
-    def seg_logits(self, seg: Tensor, batch: Batch, iteration: int) -> Tensor:
-        """(B, C + 1, S, S) logits; `seg` are the assignment network's, of the same shape."""
+    def seg_logits(
+        self, views: Sequence[Tensor], size: tuple[int, int], batch: Batch, iteration: int
+    ) -> Sequence[Tensor]:
+        """(B, C + 1, h_k, w_k) logits, to be added up at `size`; `views` are the assignment network's."""
+        channels, dtype = views[0].shape[1], views[0].dtype
         if self.source == "gt" and self.masks is not None:
-            mask = self.masks(batch.index, iteration).to(seg.device).long()
-            one_hot = F.one_hot(torch.where(mask == 255, 0, mask), seg.shape[1]).movedim(-1, 1).to(seg.dtype)
-            return F.interpolate(one_hot, size=seg.shape[-2:], mode="bilinear", align_corners=False)
+            mask = self.masks(batch.index, iteration).to(views[0].device).long()
+            return [F.one_hot(torch.where(mask == 255, 0, mask), channels).movedim(-1, 1).to(dtype)]
         if self.source == "noise":
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + iteration)
-            return torch.rand(seg.shape, generator=generator).to(seg.device)
-        return seg
+            return [torch.rand((len(views[0]), channels, *size), generator=generator).to(views[0].device, dtype)]
+        return views

@@ -99,9 +99,8 @@ class CosaTrainer(nn.Module):
                 self.threshold.update(cams, box)
                 self.aux_threshold.update(aux_cams, box)
             xi, aux_xi = self.threshold.xi, self.aux_threshold.xi
-            terms["c2s"] = cam_to_seg_loss(outputs.seg, cams, xi, box, config)
-            terms["c2s_aux"] = cam_to_seg_loss(outputs.seg, aux_cams, aux_xi, box, config)
-            loss = loss + config.lambda_c2s * (terms["c2s"] + terms["c2s_aux"])
+            terms["c2s"] = cam_to_seg_loss(outputs.seg, (cams, aux_cams), (xi, aux_xi), box, config)
+            loss = loss + config.lambda_c2s * terms["c2s"]
             if guided and config.guidance != "none":
                 terms["s2c"] = self._guide(outputs.guided_cams, targets, batch, iteration)
                 loss = loss + config.lambda_s2c * terms["s2c"]
@@ -116,9 +115,10 @@ class CosaTrainer(nn.Module):
     def _guide(self, cams: Tensor, targets: Assignments, batch: Batch, iteration: int) -> Tensor:
         """L_s2c against the configured source of guidance (Eq. 7, 8; Fig. 1)."""
         config = self.settings.cosa
-        seg = self.guidance.seg_logits(targets.seg, batch, iteration)
+        size = (targets.cams.shape[-2], targets.cams.shape[-1])
+        seg = self.guidance.seg_logits(targets.seg, size, batch, iteration)
         guided = cams.relu() if config.s2c_relu else cams
-        return seg_to_cam_loss(guided, seg, batch.labels, temperature=config.spl_temperature)
+        return seg_to_cam_loss(guided, seg, batch.labels, temperature=config.spl_temperature, size=size)
 
     def _contrast(self, cams: Tensor, aux_cams: Tensor, aux_xi: Tensor, box: Tensor) -> Tensor:
         """L_csc: regions from the auxiliary assignments, at the resolution of the CAMs (Eq. 9, 10)."""

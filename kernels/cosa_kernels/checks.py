@@ -222,3 +222,20 @@ def check_anchor_labels(labels: Tensor, anchors: Tensor, classes: int) -> None:
             f"labels holds {int(labels[wrong][0])} at a position with perplexity <= epsilon; {classes} classes allow "
             f"0 (background) to {classes}: give positions that do not count an infinite perplexity"
         )
+
+
+def check_histogram(histogram: Tensor) -> None:
+    """(bins,) counts, at least 4 of them."""
+    if histogram.ndim != 1 or len(histogram) < 4 or histogram.dtype == torch.bool or histogram.is_complex():
+        raise ValueError(
+            f"histogram must be a (bins,) tensor of counts with at least 4 bins, got {histogram.dtype} "
+            f"{tuple(histogram.shape)}"
+        )
+
+
+def check_bins(bins: int, low: float, high: float) -> None:
+    """At least 4, over a range that is not empty."""
+    if bins < 4:
+        raise ValueError(f"bins must be at least 4, got {bins}")
+    if not -float("inf") < low < high < float("inf"):
+        raise ValueError(f"low and high must be finite and low < high, got {low} and {high}")

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import triton
-from cosa_kernels.gpu import cam_pseudo_labels, merge_cams, upsample_cross_entropy
+from cosa_kernels.gpu import cam_pseudo_labels, csc_info_nce, merge_cams, upsample_cross_entropy
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -68,6 +68,7 @@ def launches(everything: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     yield from _cross_entropy(everything)
     yield from _pseudo_labels(everything)
     yield from _merge(everything)
+    yield from _csc()
 
 
 def _cross_entropy(everything: bool) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -119,6 +120,13 @@ def _merge(everything: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         cams = [torch.empty(2, 20, side, side, dtype=dtype) for side in (28, 14, 42)[:scales]]
         arguments = (cams, cams if flipped else [], torch.ones(2, 20, dtype=torch.bool), (448, 448), 1e-5)
         yield f"merge {dtype} x{scales} {flipped=}", functools.partial(merge_cams.merge, *arguments)
+
+
+def _csc() -> Iterator[tuple[str, Callable[[], object]]]:
+    # One per padded count; both precisions; gradients are the second kernel.
+    for classes, dtype in itertools.product((1, 20, 60, 80, 150), (torch.float32, torch.bfloat16)):
+        x, labels = torch.empty(2, classes, 100), torch.zeros(2, 100, dtype=torch.int64)
+        yield f"csc {classes} {dtype}", functools.partial(csc_info_nce.forward, x, labels, 0.5, dtype, True)
 
 
 def compile_all(target: GPUTarget, everything: bool) -> dict[str, Any]:

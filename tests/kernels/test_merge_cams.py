@@ -120,17 +120,18 @@ def test_bit_identical_from_run_to_run(impl: str) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("flip", [True, False])
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_any_layout_of_the_inputs_and_they_stay_as_they_are(impl: str) -> None:
+def test_any_layout_of_the_inputs_and_they_stay_as_they_are(impl: str, flip: bool) -> None:
     cams, mirrored, present = inputs(CASES["own size beside others"])
-    # As they come from a network: channels last, and mirrored by a flip of a slice of a batch.
-    strided = [view.contiguous(memory_format=torch.channels_last) for view in cams]
-    flipped = [view.flip(-1).transpose(2, 3).contiguous().transpose(2, 3) for view in mirrored]
-    before = [view.clone() for view in strided + flipped]
+    mirrored = [view.flip(-1) for view in mirrored] if flip else []
+    strided, flipped = (
+        [view.contiguous(memory_format=torch.channels_last) for view in views] for views in (cams, mirrored)
+    )
+    before = [view.clone() for view in (cams + mirrored) * 2]
     got = merge_cams(strided, flipped, class_labels=present.bool(), size=(6, 7), impl=impl)
-    expected = merge_cams(cams, [view.flip(-1) for view in mirrored], class_labels=present, size=(6, 7), impl=impl)
-    assert torch.equal(got, expected)
-    assert all(torch.equal(a, b) for a, b in zip(strided + flipped, before, strict=True))
+    assert torch.equal(got, merge_cams(cams, mirrored, class_labels=present, size=(6, 7), impl=impl))
+    assert all(torch.equal(a, b) for a, b in zip(strided + flipped + cams + mirrored, before, strict=True))
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton", "reference"])

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from cosa_kernels import (
+from cosa_kernels.reference import (
     cam_pseudo_labels,
     csc_info_nce,
     merge_cams,

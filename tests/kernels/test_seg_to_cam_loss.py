@@ -44,6 +44,7 @@ CASES = {
     "coarse along one axis only": Case(((4, 4),), (40, 12), (4, 11)),
     "a grid finer than the size": Case(((4, 4),), (6, 8), (13, 9)),
     "no resizing after the softmax": Case(((4, 4), (2, 3)), (11, 9), None),
+    "full resolution beside others, not resized": Case(((11, 9), (4, 4)), (11, 9), None),
     "no resizing at all": Case(((5, 6),), None, None),
     "all present": Case(((4, 4), (3, 3)), (32, 32), (4, 4), present="all"),
     "nobody present": Case(((4, 4),), (32, 32), (4, 4), present="none"),
@@ -109,8 +110,11 @@ def test_the_form_for_other_devices_is_the_same(name: str) -> None:
     views, present = inputs(case, torch.float64)
     size = case.size or case.views[0]
     absent = F.pad(present == 0, (1, 0), value=False)
+    expected = full_resolution(views, present, 0.1, case)
     got = _probabilities(views, absent, 0.1, size, case.grid or size)
-    torch.testing.assert_close(got, full_resolution(views, present, 0.1, case), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    # And the inputs are still what they were.
+    assert torch.equal(full_resolution(views, present, 0.1, case), expected)
 
 
 def test_other_devices_are_not_waited_for() -> None:

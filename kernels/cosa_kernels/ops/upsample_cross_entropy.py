@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cosa_kernels import reference
 from cosa_kernels.checks import (
+    check_choice,
     check_finite,
     check_label_values,
     check_logits,
@@ -68,8 +69,7 @@ def upsample_cross_entropy(
     check_targets(target, len(logits))
     check_weight(weight, target)
     check_same_device(logits=logits, target=target, weight=weight)
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    check_choice("reduction", reduction, Reduction)
     fits = logits.shape[1] <= MOST_CLASSES
     impl = choose(impl if fits or impl != "auto" else "torch", logits)
     if impl == "reference":

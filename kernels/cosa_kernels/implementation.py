@@ -14,7 +14,7 @@ Impl = Literal["auto", "triton", "torch", "reference"]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose(impl: str, tensor: Tensor) -> str:
+def choose(impl: Impl, tensor: Tensor) -> Impl:
     """Resolve `impl` for inputs like `tensor`: "triton", "torch" or "reference".
 
     "auto" takes the Triton kernels on CUDA and ROCm (except for float64, in which they do not accumulate) and plain

@@ -329,7 +329,7 @@ def csc_info_nce(
 
 
 def fit_bimodal_threshold(
-    histogram: Tensor, *, low: float = 0.0, high: float = 1.0, iterations: int = 60, min_count: int = 50
+    histogram: Tensor, *, low: float = 0.0, high: float = 1.0, iterations: int = 100, min_count: int = 50
 ) -> Tensor:
     """Threshold xi* between the two modes of a histogram (Eq. 6).
 

@@ -73,11 +73,9 @@ class TestFit:
         tensor = torch.from_numpy(values).float().to(DEVICE)
         with poisoned_memory():
             assert torch.equal(fit_bimodal_threshold(values=tensor, impl=impl), expected)
-        # Another range, shape and dtype; 1024 bins of half the range are bins of 1 / 512.
-        fine = fit_bimodal_threshold(
-            values=(4 * tensor - 1).view(-1, 2, 1)[: len(tensor) // 4 * 2], low=-1.0, high=3.0, bins=512, impl=impl
-        )
-        assert float(fine + 1) / 4 == pytest.approx(float(expected), abs=1.5 / 256)
+        # The same values on another scale, in another shape.
+        scaled = (4 * tensor[: len(tensor) // 2 * 2] - 1).view(-1, 2, 1)
+        assert float(fit_bimodal_threshold(values=scaled, low=-1.0, high=3.0, impl=impl) + 1) / 4 == float(expected)
         assert fit_bimodal_threshold(values=tensor.bfloat16(), impl=impl).dtype == torch.float32
 
     @pytest.mark.parametrize("impl", ["torch", "reference"])
@@ -95,12 +93,11 @@ class TestFit:
         assert float(fit_bimodal_threshold(spikes(at3=1000, at200=300), impl=impl)) == 102 / 256
         # And with the larger one on the other side just short of it: 101.9995, in bin 101, whose centre is 101.5.
         assert float(fit_bimodal_threshold(spikes(at3=300, at200=1000), impl=impl)) == 102 / 256
-        # 20 bins apart, 49 to 1: 50.5 + 10 + log(49) / 12 / 20 = 60.516, beyond the centre of bin 60 itself.
+        # The same at the centre of a bin: 70.5 + log(49) / 12 / 40 = 70.508, so bin 70 (centre 70.5) is below.
         wide = spikes(at50=4900, at90=100)
-        assert float(fit_bimodal_threshold(wide, impl=impl)) == 71 / 256 - (
-            1 / 256 if 70.5 + math.log(49) / 480 < 70.5 else 0
-        )
+        assert float(fit_bimodal_threshold(wide, impl=impl)) == 71 / 256
         assert float(fit_bimodal_threshold(wide, low=-1.0, high=1.0, impl=impl)) == -1 + 2 * 71 / 256
+        assert float(fit_bimodal_threshold(spikes(at50=100, at90=4900), impl=impl)) == 70 / 256
 
     @pytest.mark.parametrize("impl", IMPLS)
     @pytest.mark.parametrize(
@@ -132,8 +129,9 @@ class TestFit:
         """Same bin as the reference in float64, or both nothing."""
         found = 0
         for number, counts in enumerate(varied_histograms()):
-            truth = float(reference.fit_bimodal_threshold(counts.double()))
-            fit = float(fit_bimodal_threshold(counts, impl=impl))
+            # Fewer steps than usual: 33 histograms are many for an emulator.
+            truth = float(reference.fit_bimodal_threshold(counts.double(), iterations=25))
+            fit = float(fit_bimodal_threshold(counts, iterations=25, impl=impl))
             assert fit == pytest.approx(truth, abs=1e-6, nan_ok=True), f"histogram {number}"
             found += math.isfinite(truth)
         assert found > 20
@@ -191,7 +189,8 @@ class TestFit:
 
     @pytest.mark.parametrize("impl", ["torch", "triton"])
     def test_operator_is_registered_as_torch_expects(self, impl: str) -> None:
-        for counts in (spikes(at3=1000, at200=300), spikes(at3=1000).long()):
+        for dtype in (torch.float32, torch.int64):
+            counts = spikes(at3=1000, at200=300).to(dtype)
             torch.library.opcheck(module._fit_operator, (counts, 0.0, 1.0, 5, 50, impl))
 
     @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -362,8 +361,7 @@ class TestCount:
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_what_runs_on_a_gpu_never_waits_for_it(impl: str) -> None:
     """An operator hides what happens inside it, so its insides are called here."""
-    cams = torch.from_numpy(np.resize(bimodal(0, 0.2, 0.7, 0.3), (2, 1, 50, 60))).float().to(DEVICE)
-    box = torch.tensor([[0, 50, 0, 30], [0, 50, 0, 30]], device=DEVICE)
+    cams, box = batch(0, 0.2, 0.7), torch.tensor([[0, 50, 0, 30], [0, 50, 0, 30]], device=DEVICE)
     with NoHostReads():
         if impl == "triton":
             from cosa_kernels.gpu import dynamic_threshold as gpu
@@ -371,7 +369,7 @@ def test_what_runs_on_a_gpu_never_waits_for_it(impl: str) -> None:
             fit = gpu.fit(gpu.count(cams, box, 256, 0.0, 1.0, 0.1), 0.0, 1.0, 60, 50)
         else:
             fit = reference.fit_bimodal_threshold(module._count_anywhere(cams, box, 256, 0.0, 1.0, 0.1))
-    assert float(fit) == pytest.approx(0.4, abs=0.02)
+    assert float(fit) == pytest.approx(0.4, abs=0.05)
 
 
 def batch(seed: int, low: float, high: float) -> torch.Tensor:

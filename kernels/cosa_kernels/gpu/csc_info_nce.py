@@ -31,9 +31,10 @@ def load_vectors(x, positions, mask, chunk, D: tl.constexpr, WIDTH: tl.constexpr
 @triton.jit
 def inner_products(x, row, rows, inside, columns, mask, D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
     """Of rows and columns; `row` is the rows' first chunk. Long vectors chunk by chunk: they do not fit registers."""
-    column = load_vectors(x, columns, mask, 0, D, WIDTH)
-    products = tl.dot(row, tl.trans(column), input_precision=PRECISION)
-    for chunk in range(1, D // WIDTH):
+    if D == WIDTH:
+        return tl.dot(row, tl.trans(load_vectors(x, columns, mask, 0, D, WIDTH)), input_precision=PRECISION)
+    products = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
+    for chunk in range(D // WIDTH):
         more = load_vectors(x, rows, inside, chunk, D, WIDTH)
         column = load_vectors(x, columns, mask, chunk, D, WIDTH)
         products = tl.dot(more, tl.trans(column), products, input_precision=PRECISION)

@@ -133,7 +133,7 @@ def fit_kernel(
     counts = tl.load(histogram + index).to(tl.float32)
     total = tl.sum(counts, axis=0)
     enough = (total >= min_count) & (total > 0.0) & (total < float("inf"))
-    share = tl.where(enough, counts / total, 0.0)
+    share = tl.where(enough, counts / tl.where(enough, total, 1.0), 0.0)
 
     # Start: the split with the largest between-class variance (Otsu).
     mean = tl.sum(share * x, axis=0)

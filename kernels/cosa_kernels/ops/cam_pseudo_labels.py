@@ -56,8 +56,8 @@ def cam_pseudo_labels(
     Example:
         >>> cams = torch.tensor([0.1, 0.5, 0.9]).view(1, 1, 1, 3)
         >>> labels, perplexity = cam_pseudo_labels(cams, 0.5)
-        >>> labels.tolist(), perplexity.round(decimals=2).tolist()
-        ([[[0, 1, 1]]], [[[0.45, inf, 0.45]]])
+        >>> labels.tolist(), [round(p, 2) for p in perplexity.flatten().tolist()]
+        ([[[0, 1, 1]]], [0.45, inf, 0.45])
     """
     check_arguments([cams], [threshold], valid_box, lambda_alpha, lambda_beta)
     if not 0 <= ignore_index <= 255:

@@ -31,7 +31,7 @@ def fit_bimodal_threshold(
     low: float = 0.0,
     high: float = 1.0,
     bins: int = 256,
-    iterations: int = 60,
+    iterations: int = 100,
     min_count: int = 50,
     impl: Impl = "auto",
 ) -> Tensor:
@@ -64,15 +64,14 @@ def fit_bimodal_threshold(
         >>> round(fit_bimodal_threshold(values=values).item(), 2)
         0.43
     """
-    if (histogram is None) == (values is None):
-        raise ValueError(f"give either histogram or values: got {'neither' if histogram is None else 'both'} of them")
-    if values is not None:
+    if values is not None and histogram is None:
         if not values.is_floating_point():
             raise ValueError(f"values must be floating, got {values.dtype}: use values.float()")
         counts = _count(values.reshape(1, 1, 1, -1), None, bins, low, high, -math.inf, impl)
         # The values' own precision decides that of the result.
         histogram = counts.to(accumulator(values.dtype))
-    assert histogram is not None
+    elif histogram is None or values is not None:
+        raise ValueError(f"give either histogram or values: got {'neither' if histogram is None else 'both'} of them")
     check_histogram(histogram)
     check_bins(len(histogram), low, high)
     chosen = _choose(impl, histogram, len(histogram))
@@ -125,7 +124,7 @@ def confidence_histogram(
 
 
 def _count(
-    cams: Tensor, valid_box: Tensor | None, bins: int, low: float, high: float, floor: float, impl: str
+    cams: Tensor, valid_box: Tensor | None, bins: int, low: float, high: float, floor: float, impl: Impl
 ) -> Tensor:
     """`confidence_histogram` after the checks of the tensors' shapes."""
     check_bins(bins, low, high)
@@ -135,7 +134,7 @@ def _count(
     return _count_operator(cams.detach(), valid_box, bins, low, high, floor, chosen)
 
 
-def _choose(impl: str, tensor: Tensor, bins: int) -> str:
+def _choose(impl: Impl, tensor: Tensor, bins: int) -> str:
     """`choose`, for as many bins."""
     chosen = choose(impl, tensor)
     if chosen == "triton" and (bins & (bins - 1) or bins > MOST_BINS):
@@ -181,19 +180,19 @@ def _count_anywhere(cams: Tensor, valid_box: Tensor | None, bins: int, low: floa
 
 def _count_on_cpu(cams: Tensor, valid_box: Tensor | None, bins: int, low: float, high: float, floor: float) -> Tensor:
     """On the CPU, where the host may read: image by image within its box."""
-    counts = torch.zeros(bins + 1, dtype=torch.int64)
-    counted = accumulator(cams.dtype)
+    counts = cams.new_zeros(bins + 1, dtype=torch.int64)
     # The number before the floor: `threshold` replaces what is not greater.
-    below = torch.nextafter(torch.tensor(floor, dtype=counted), torch.tensor(-math.inf, dtype=counted)).item()
+    edge = cams.new_tensor([floor, -math.inf], dtype=accumulator(cams.dtype))
+    below = torch.nextafter(edge[0], edge[1]).item()
     boxes = [[0, cams.shape[-2], 0, cams.shape[-1]]] * len(cams) if valid_box is None else valid_box.tolist()
     for maps, box in zip(cams, boxes, strict=True):
-        y0, y1, x0, x1 = (max(0, edge) for edge in box)
+        y0, y1, x0, x1 = (max(0, side) for side in box)
         first, *others = maps[:, y0:y1, x0:x1]
         # Twice as fast as amax over the classes, whose planes lie far apart.
         largest = torch.maximum(first, others[0]) if others else first
         for plane in others[1:]:
             torch.maximum(largest, plane, out=largest)
-        largest = largest.to(counted)
+        largest = largest.to(edge.dtype)
         if floor > -math.inf:
             # Like NaN, what lies below the floor passes through the arithmetic to a bin of its own: masks are slow.
             largest = torch.threshold(largest, below, math.nan)

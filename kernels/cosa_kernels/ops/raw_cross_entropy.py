@@ -33,7 +33,7 @@ def raw_cross_entropy(
         logits: (B, C + 1, h, w) segmentation logits of the network in training.
         cams: (B, C, h', w') in [0, 1], zero for absent classes; they get no gradient. Or a sequence of such tensors
             (main and auxiliary CAMs, say): their losses are added, in one pass.
-        threshold: xi in (0, 1), a float or a 0-d tensor on the device; one for each tensor of `cams`.
+        threshold: xi in (0, 1), a float or a 0-d tensor on the device; or a sequence with one for each of `cams`.
         size: (H, W) at which pixels are compared; None: that of `cams`.
         valid_box: (B, 4) integers y0, y1, x0, x1, half open, in pixels of `size`.
         lambda_alpha: scale of the normalised distance to the threshold, in (0, 1).
@@ -47,6 +47,7 @@ def raw_cross_entropy(
         ValueError: a shape, dtype, device or value is impossible.
 
     Example:
+        >>> import torch
         >>> logits = torch.zeros(2, 21, 28, 28, requires_grad=True)
         >>> cams = torch.rand(2, 20, 28, 28)
         >>> loss = raw_cross_entropy(logits, cams, 0.5, size=(448, 448))
@@ -55,10 +56,10 @@ def raw_cross_entropy(
         3.0445
     """
     maps = [cams] if isinstance(cams, Tensor) else list(cams)
-    thresholds = list(threshold) if isinstance(threshold, (list, tuple)) else [threshold] * len(maps)
+    thresholds = [threshold] * len(maps) if isinstance(threshold, (float, int, Tensor)) else list(threshold)
     _check(logits, maps, thresholds)
     check_arguments(maps, thresholds, valid_box, lambda_alpha, lambda_beta)
-    impl = choose(impl, logits)
+    cams_impl, impl = choose(impl, maps[0]), choose(impl, logits)
     if impl == "reference":
         losses = [
             reference.raw_cross_entropy(
@@ -68,9 +69,9 @@ def raw_cross_entropy(
         ]
         return sum(losses[1:], losses[0])
     labels, reliability = assign_labels(
-        maps, thresholds, size, valid_box, lambda_alpha, lambda_beta, 255, True, choose(impl, maps[0])
+        maps, thresholds, size, valid_box, lambda_alpha, lambda_beta, 255, True, cams_impl
     )
-    return upsample_cross_entropy(logits, labels, weight=reliability, impl=impl)  # type: ignore[arg-type]
+    return upsample_cross_entropy(logits, labels, weight=reliability, impl=impl)
 
 
 def _check(logits: Tensor, cams: list[Tensor], thresholds: list[float | Tensor]) -> None:

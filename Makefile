@@ -11,11 +11,11 @@ BIN := $(VENV)/bin
 # Snakemake's rules call `cosa-fast`, so the environment comes first on the path.
 ACTIVATED := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: run test lint bench clean help
+.PHONY: run test lint bench bench-loader clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 run: $(VENV)/.pipeline ## install, then run the pipeline (the demo: MiniVOC on the CPU)
 	@echo "== running: snakemake --cores all $(TARGET) $(ARGS)"
@@ -35,7 +35,10 @@ lint: $(VENV)/.dev ## formatting, lints and types of Python and Snakemake code
 	@$(BIN)/snakefmt --check Snakefile workflow
 	@$(ACTIVATED) snakemake --lint
 
-bench: $(VENV)/.pipeline ## measure the data loaders on this machine
+bench: $(VENV)/.pipeline ## measure time and memory of the losses on this machine
+	@$(ACTIVATED) python -m benchmarks.kernels $(ARGS)
+
+bench-loader: $(VENV)/.pipeline ## measure the data loaders on this machine
 	@$(ACTIVATED) python -m benchmarks.loader $(ARGS)
 
 clean: ## remove results, generated data and Snakemake's records; downloads and .venv stay

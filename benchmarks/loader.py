@@ -7,7 +7,6 @@ so that other users of the machine disturb all of them alike; CPU time per image
 
 from __future__ import annotations
 
-import csv
 import datetime
 import itertools
 import multiprocessing
@@ -19,7 +18,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +29,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from benchmarks import common
 from cosa_fast.config import AugmentConfig, LoaderConfig
 from cosa_fast.data import index as dataset
 from cosa_fast.data import minivoc
@@ -57,7 +56,7 @@ class Options:
     rounds: int = 5
     """Turns each method's images are split into."""
     device: Literal["cpu", "cuda"] = "cpu"
-    csv: Path = Path("benchmarks/data/loader.csv")
+    csv: Path = Path("benchmarks/results/cpu/loader.csv")
     """Results are appended here."""
 
 
@@ -197,36 +196,16 @@ def _images(options: Options) -> Iterator[dataset.Index]:
 def _append(options: Options, rows: list[dict[str, Any]]) -> None:
     about = {
         "date": datetime.date.today().isoformat(),
-        "machine": _machine(options.device),
+        "machine": common.machine_name(options.device),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("torch", "pillow", "nvidia-dali-cuda130")},
+        **{package: common.package_version(package) for package in ("torch", "pillow", "nvidia-dali-cuda130")},
         "images": options.images or "minivoc",
         "crop": options.crop,
         "batch_size": options.batch_size,
         "device": options.device,
     }
-    options.csv.parent.mkdir(parents=True, exist_ok=True)
-    new = not options.csv.exists()
-    with options.csv.open("a", newline="") as handle:
-        writer = csv.DictWriter(handle, [*about, *rows[0]])
-        if new:
-            writer.writeheader()
-        writer.writerows({**about, **row} for row in rows)
-
-
-def _machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "absent"
+    common.append_csv(options.csv, [about | row for row in rows])
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -72,7 +72,7 @@ class CosaTrainer(nn.Module):
             nn.utils.clip_grad_norm_(self.online.parameters(), optim.clip)
         self.optimizer.step()
         self._update_assignment(iteration)
-        return {**{name: value.detach() for name, value in terms.items()}, "threshold": self.threshold.xi}
+        return {**{name: value.detach() for name, value in terms.items()}, "threshold": self.threshold.xi.clone()}
 
     @torch.no_grad()
     def _assign(self, batch: Batch) -> Assignments:

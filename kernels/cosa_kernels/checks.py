@@ -11,18 +11,19 @@ from torch import Tensor
 from cosa_kernels.implementation import debugging
 
 
+def check_maps(name: str, maps: Tensor) -> None:
+    """(B, C, h, w) floating, none of them 0."""
+    if maps.ndim != 4 or not maps.is_floating_point() or 0 in maps.shape:
+        raise ValueError(
+            f"{name} must be a floating (B, C, h, w) tensor, none of them 0: got {maps.dtype} {tuple(maps.shape)}"
+        )
+
+
 def check_cams(cams: Tensor) -> None:
-    """(B, C, h, w) floating."""
-    if cams.ndim != 4 or not cams.is_floating_point():
-        raise ValueError(f"cams must be a floating (B, C, h, w) tensor, got {cams.dtype} {tuple(cams.shape)}")
+    """(B, C, h, w) floating with as many classes as uint8 labels can name."""
+    check_maps("cams", cams)
     if cams.shape[1] > 254:
         raise ValueError(f"cams has {cams.shape[1]} classes; uint8 labels leave room for 254")
-
-
-def check_logits(logits: Tensor) -> None:
-    """(B, K, h, w) floating."""
-    if logits.ndim != 4 or not logits.is_floating_point():
-        raise ValueError(f"logits must be a floating (B, K, h, w) tensor, got {logits.dtype} {tuple(logits.shape)}")
 
 
 def check_labels(name: str, labels: Tensor, batch: int) -> None:
@@ -33,7 +34,7 @@ def check_labels(name: str, labels: Tensor, batch: int) -> None:
 
 def check_targets(target: Tensor, batch: int) -> None:
     """(B, H, W) or (N, B, H, W) integers."""
-    integers = not target.is_floating_point() and target.dtype != torch.bool
+    integers = target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
     if target.ndim not in (3, 4) or not integers or target.shape[-3] != batch or 0 in target.shape:
         raise ValueError(
             f"target must be an integer ({batch}, H, W) or (N, {batch}, H, W) tensor, got {target.dtype} "
@@ -89,8 +90,8 @@ def check_not_negative(name: str, value: float) -> None:
 
 def check_size(size: tuple[int, int]) -> None:
     """(H, W), both positive."""
-    if len(size) != 2 or size[0] < 1 or size[1] < 1:
-        raise ValueError(f"size must be (H, W) with both at least 1, got {tuple(size)}")
+    if not isinstance(size, Sequence) or len(size) != 2 or size[0] < 1 or size[1] < 1:
+        raise ValueError(f"size must be (H, W) with both at least 1, got {size}")
 
 
 def check_threshold(threshold: float | Tensor, device: torch.device) -> None:
@@ -124,14 +125,19 @@ def check_label_values(name: str, labels: Tensor, classes: int, ignore_index: in
     """Labels in [0, classes), or `ignore_index`. Read where that costs nothing (CPU) or under COSA_KERNELS_DEBUG=1."""
     if labels.device.type != "cpu" and not debugging():
         return
-    wrong = (labels < 0) & (labels != ignore_index)
-    if classes <= torch.iinfo(labels.dtype).max:  # else the comparison would wrap around
-        wrong |= (labels >= classes) & (labels != ignore_index)
+    wrong = outside(labels, classes) & (labels != ignore_index)
     if bool(wrong.any()):
         raise ValueError(
             f"{name} holds the label {int(labels[wrong][0])}; the {classes} channels allow 0 to {classes - 1}, "
             f"and {ignore_index} (ignore_index) for pixels that do not count"
         )
+
+
+def outside(labels: Tensor, classes: int) -> Tensor:
+    """Where labels are negative or not below `classes`."""
+    # A comparison with what the labels' dtype cannot hold would wrap around.
+    fits = classes <= torch.iinfo(labels.dtype).max
+    return (labels < 0) | (labels >= classes) if fits else labels < 0
 
 
 def check_views(name: str, views: Sequence[Tensor]) -> None:
@@ -182,12 +188,6 @@ def check_view_size(name: str, views: Sequence[Tensor], size: tuple[int, int] | 
     return sizes[0]
 
 
-def check_vectors(cams: Tensor) -> None:
-    """(B, C, h, w) floating, not empty."""
-    if cams.ndim != 4 or not cams.is_floating_point() or 0 in cams.shape:
-        raise ValueError(f"cams must be a floating (B, C, h, w) tensor, got {cams.dtype} {tuple(cams.shape)}")
-
-
 def check_positions(name: str, tensor: Tensor, cams: Tensor, *, floating: bool) -> None:
     """(B, h, w) like `cams` (B, C, h, w), floating or integer."""
     kind = "a floating" if floating else "an integer"
@@ -216,7 +216,7 @@ def check_anchor_labels(labels: Tensor, anchors: Tensor, classes: int) -> None:
     """0 to `classes` at the anchors. Read where that costs nothing (CPU) or under COSA_KERNELS_DEBUG=1."""
     if labels.device.type != "cpu" and not debugging():
         return
-    wrong = anchors & ((labels > classes) | (labels < 0))
+    wrong = anchors & outside(labels, classes + 1)
     if bool(wrong.any()):
         raise ValueError(
             f"labels holds {int(labels[wrong][0])} at a position with perplexity <= epsilon; {classes} classes allow "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Literal, get_args
 
 import torch
@@ -56,3 +58,17 @@ def debugging() -> bool:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
     return torch.promote_types(dtype, torch.float32)
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, which is still on inside an operator, and no rounding of float32 products to TF32 or bfloat16."""
+    setting = torch.get_float32_matmul_precision()
+    if setting != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if setting != "highest":
+            torch.set_float32_matmul_precision(setting)

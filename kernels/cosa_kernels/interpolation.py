@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Result = TypeVar("Result")
 
-@functools.lru_cache(maxsize=256)
+
+def cached_on_cpu(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Remember results whose last argument, the device, is the CPU.
+
+    On a GPU a remembered tensor may lie in the memory of a CUDA graph that has not run yet, or still be in the making
+    on another stream.
+    """
+    remembered = functools.lru_cache(maxsize=64)(function)
+
+    @functools.wraps(function)
+    def call(*arguments: object) -> Result:
+        cheap = arguments[-1].type == "cpu"  # type: ignore[attr-defined]
+        return remembered(*arguments) if cheap else function(*arguments)
+
+    return call
+
+
+@cached_on_cpu
 def interpolation_matrix(low: int, high: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(high, low) weights: row y holds the (at most two) source positions that output y mixes.
 
-    The coordinates are computed in float64, then cast. Cached: never write to it.
+    The coordinates are computed in float64, then cast. Cached on the CPU: never write to it.
     """
     first, second, fraction = corners(low, high, device)
     matrix = torch.zeros(high, low, dtype=torch.float64, device=device)

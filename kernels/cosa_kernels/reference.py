@@ -18,7 +18,7 @@ from cosa_kernels.checks import (
     check_class_labels,
     check_histogram,
     check_labels,
-    check_logits,
+    check_maps,
     check_mirrored,
     check_open_fraction,
     check_positive,
@@ -30,6 +30,9 @@ from cosa_kernels.checks import (
 )
 
 Size = tuple[int, int]
+
+EDGE = 1e-6
+"""Distance that thresholds keep from 0 and 1, and perplexities from 0."""
 
 
 def upsample(maps: Tensor, size: Size | None) -> Tensor:
@@ -74,11 +77,18 @@ def merge_cams(
 
 
 def perplexity_of(confidence: Tensor, threshold: float | Tensor, lambda_alpha: float, lambda_beta: float) -> Tensor:
-    """Perplexity P of a CAM confidence (Eq. 4): infinite at the threshold, least far from it."""
+    """Perplexity P of a CAM confidence (Eq. 4): infinite at the threshold, least far from it.
+
+    The threshold is kept 1e-6 from 0 and 1, and P above 1e-6, so that nothing is divided by 0.
+    """
+    if isinstance(threshold, Tensor):
+        threshold = threshold.clamp(EDGE, 1.0 - EDGE)
+    else:
+        threshold = min(max(threshold, EDGE), 1.0 - EDGE)
     above = (confidence - threshold) / (1.0 - threshold)
     below = (threshold - confidence) / threshold
     distance = torch.where(confidence >= threshold, above, below).clamp(0.0, 1.0)
-    return (-torch.log(lambda_alpha * distance)) ** lambda_beta
+    return ((-torch.log(lambda_alpha * distance)) ** lambda_beta).clamp(min=EDGE)
 
 
 def cam_pseudo_labels(
@@ -157,7 +167,7 @@ def upsample_cross_entropy(
     Raises:
         ValueError: a shape or dtype is impossible.
     """
-    check_logits(logits)
+    check_maps("logits", logits)
     check_targets(target, len(logits))
     full = upsample(logits.to(torch.promote_types(logits.dtype, torch.float32)), (target.shape[-2], target.shape[-1]))
     targets = (target if target.ndim == 4 else target[None]).long()
@@ -260,7 +270,7 @@ def seg_to_cam_loss(
     Returns:
         0-d tensor, the mean over images, classes and positions.
     """
-    check_logits(cam_logits)
+    check_maps("cam_logits", cam_logits)
     grid = (cam_logits.shape[-2], cam_logits.shape[-1])
     with torch.no_grad():
         probabilities = seg_pseudo_labels(seg_logits, class_labels, temperature=temperature, size=size, grid=grid)
@@ -299,7 +309,7 @@ def csc_info_nce(
     Raises:
         ValueError: a shape, `temperature`, `similarity` or `scope` is impossible.
     """
-    check_logits(cams)
+    check_maps("cams", cams)
     check_labels("labels", labels, len(cams))
     check_positive("temperature", temperature)
     if similarity not in ("cosine", "dot"):
@@ -313,7 +323,8 @@ def csc_info_nce(
         vectors, labels, anchors = (tensor.flatten(0, 1)[None] for tensor in (vectors, labels, anchors))
     if similarity == "cosine":
         vectors = F.normalize(vectors, dim=-1, eps=1e-6)
-    scores = vectors @ vectors.transpose(1, 2) / temperature
+    with torch.autocast(cams.device.type, enabled=False):  # which would round what the temperature magnifies
+        scores = vectors @ vectors.transpose(1, 2) / temperature
 
     both = anchors[:, :, None] & anchors[:, None, :]
     same = labels[:, :, None] == labels[:, None, :]

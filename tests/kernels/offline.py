@@ -68,7 +68,7 @@ def launches(everything: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     yield from _cross_entropy(everything)
     yield from _pseudo_labels(everything)
     yield from _merge(everything)
-    yield from _csc()
+    yield from _csc(everything)
     yield from _threshold(everything)
 
 
@@ -123,9 +123,10 @@ def _merge(everything: bool) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"merge {dtype} x{scales} {flipped=}", functools.partial(merge_cams.merge, *arguments)
 
 
-def _csc() -> Iterator[tuple[str, Callable[[], object]]]:
-    # One per padded count; both precisions; gradients are the second kernel.
-    for classes, dtype in itertools.product((1, 20, 60, 80, 150), (torch.float32, torch.bfloat16)):
+def _csc(everything: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    # Padded to 16, 32 and multiples of 32; float16 is as bfloat16.
+    padded_classes = [16, *range(32, 257, 32)] if everything else [1, 20, 80, 150, 256]
+    for classes, dtype in itertools.product(padded_classes, (torch.float32, torch.bfloat16)):
         x, labels = torch.empty(2, classes, 100), torch.zeros(2, 100, dtype=torch.int64)
         yield f"csc {classes} {dtype}", functools.partial(csc_info_nce.forward, x, labels, 0.5, dtype, True)
 

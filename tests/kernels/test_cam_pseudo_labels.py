@@ -92,6 +92,17 @@ def test_an_image_without_any_class(impl: str) -> None:
     assert perplexity.unique().tolist() == pytest.approx([-math.log(0.8)], rel=1e-5)
 
 
+@pytest.mark.parametrize("impl", [*IMPLS, "reference"])
+@pytest.mark.parametrize("threshold", [1 - 1e-9, 1e-9, torch.tensor(1.0), torch.tensor(0.0)])
+def test_extreme_thresholds_and_parameters_stay_finite(threshold: float | torch.Tensor, impl: str) -> None:
+    cams = torch.tensor([0.0, 0.3, 1.0], device=DEVICE).view(1, 1, 1, 3)
+    xi = threshold.to(DEVICE) if isinstance(threshold, torch.Tensor) else threshold
+    logits = torch.randn(1, 2, 1, 3, device=DEVICE)
+    for options in ({}, {"lambda_alpha": 0.99999999}, {"lambda_beta": 100.0}):
+        assert not cam_pseudo_labels(cams, xi, impl=impl, **options)[1].isnan().any()
+        assert raw_cross_entropy(logits, cams, xi, impl=impl, **options).isfinite()
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nan_shows(impl: str) -> None:
     cams = torch.rand(1, 3, 4, 4, device=DEVICE)
@@ -176,6 +187,8 @@ def _raw(logits: torch.Tensor, cams: torch.Tensor, options: dict, impl: str) -> 
     ("kwargs", "message"),
     [
         ({"cams": torch.zeros(2, 4, 4)}, r"\(B, C, h, w\)"),
+        ({"cams": torch.zeros(0, 2, 4, 4)}, "none of them 0"),
+        ({"size": 8}, "size must be"),
         ({"cams": torch.zeros(1, 255, 1, 1)}, "leave room for 254"),
         ({"threshold": 0.0}, "threshold must lie strictly between 0 and 1"),
         ({"threshold": torch.tensor([0.5])}, "0-d tensor"),

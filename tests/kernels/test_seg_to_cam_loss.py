@@ -277,7 +277,7 @@ BAD_CALLS: dict[str, Callable[[], Tensor]] = {
     ),
     r"seg_logits\[0\] must be a floating .*torch.int64": lambda: seg_pseudo_labels(SEG.long(), ONES),
     r"all of seg_logits must have one batch.*\(2, 3, 8, 8\)": lambda: seg_pseudo_labels([SEG, SEG[:, :3]], ONES),
-    r"logits must be a floating \(B, K, h, w\)": lambda: seg_to_cam_loss(CAMS[0], SEG, ONES),
+    r"cam_logits must be a floating \(B, C, h, w\)": lambda: seg_to_cam_loss(CAMS[0], SEG, ONES),
     r"size must be \(H, W\).*got \(0, 4\)": lambda: seg_pseudo_labels(SEG, ONES, size=(0, 4)),
     r"size must be \(H, W\).*got \(4, 0\)": lambda: seg_pseudo_labels(SEG, ONES, grid=(4, 0)),
     "class_labels is on meta and seg_logits on cpu": lambda: seg_pseudo_labels(SEG, ONES.to("meta")),

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cosa_kernels.gpu.launch import device_of
+from cosa_kernels.reference import EDGE
 
 BLOCK = 256
 
@@ -31,6 +32,7 @@ def label_kernel(
     BOXED: tl.constexpr,
     RELIABILITY: tl.constexpr,
     POWER: tl.constexpr,
+    EDGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     image = tl.program_id(1).to(tl.int64)
@@ -49,10 +51,7 @@ def label_kernel(
     y1, x1 = tl.minimum(y0 + 1, h - 1), tl.minimum(x0 + 1, w - 1)
     for c in range(C):
         plane = cams + (image * C + c) * h * w
-        if RESIZED:
-            wanted = tl.load(active + image * C + c) != 0
-        else:
-            wanted = True
+        wanted = tl.load(active + image * C + c) != 0 if RESIZED else True
         if wanted:
             if RESIZED:
                 c00 = tl.load(plane + y0 * w + x0, mask=inside, other=0.0).to(tl.float32)
@@ -68,11 +67,14 @@ def label_kernel(
             best = tl.where(higher, value, best)
             label = tl.where(higher, c + 1, label)
     xi = tl.load(threshold).to(tl.float32)
-    distance = tl.where(best >= xi, (best - xi) / (1.0 - xi), (xi - best) / xi)
+    near = tl.minimum(tl.maximum(xi, EDGE), 1.0 - EDGE)
+    distance = tl.where(best >= xi, (best - near) / (1.0 - near), (near - best) / near)
     distance = tl.where(distance != distance, distance, tl.minimum(tl.maximum(distance, 0.0), 1.0))
     perplexity = -tl.log(lambda_alpha * distance)
     if POWER:
         perplexity = tl.exp2(lambda_beta * tl.log2(perplexity))
+    # Not a maximum, which would swallow a NaN.
+    perplexity = tl.where(perplexity < EDGE, EDGE, perplexity)
     label = tl.where(best >= xi, label, 0)
     value = 1.0 / perplexity if RELIABILITY else perplexity
     if BOXED:
@@ -129,6 +131,7 @@ def assign(
             BOXED=valid_box is not None,
             RELIABILITY=reliability,
             POWER=lambda_beta != 1.0,
+            EDGE=EDGE,
             BLOCK=BLOCK,
             num_warps=4,
         )

@@ -13,6 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from cosa_kernels.gpu.launch import device_of, dot_precision
+from cosa_kernels.implementation import interpreted
+
+ROWS = 64
+"""Anchors per program: the tensor cores' own height on Hopper."""
+MOST_CHUNKS = 4
+"""Chunks of 32 dimensions whose sums fit a thread block's registers; for more, each program takes a share."""
 
 
 @triton.jit
@@ -23,25 +29,28 @@ def log1p(t):
 
 @triton.jit
 def load_vectors(x, positions, mask, chunk, D: tl.constexpr, WIDTH: tl.constexpr):
-    """(positions, WIDTH) of a chunk of the vectors' dimensions."""
+    """(positions, WIDTH): one chunk of the vectors' dimensions."""
     dims = chunk * WIDTH + tl.arange(0, WIDTH)
     return tl.load(x + positions.to(tl.int64)[:, None] * D + dims[None, :], mask=mask[:, None], other=0.0)
 
 
 @triton.jit
-def inner_products(x, row, rows, inside, columns, mask, D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr):
-    """Of rows and columns; `row` is the rows' first chunk. Long vectors chunk by chunk: they do not fit registers."""
+def inner_products(
+    x, row, rows, inside, columns, mask, chunks, D: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr
+):
+    """(rows, columns). `row` holds the rows' vectors if they are a single chunk; more do not fit the registers."""
     if D == WIDTH:
-        return tl.dot(row, tl.trans(load_vectors(x, columns, mask, 0, D, WIDTH)), input_precision=PRECISION)
+        column = load_vectors(x, columns, mask, 0, D, WIDTH)
+        return tl.dot(row, tl.trans(column), input_precision=PRECISION)
     products = tl.zeros([rows.shape[0], columns.shape[0]], tl.float32)
-    for chunk in range(D // WIDTH):
-        more = load_vectors(x, rows, inside, chunk, D, WIDTH)
+    for chunk in range(chunks):
+        part = load_vectors(x, rows, inside, chunk, D, WIDTH)
         column = load_vectors(x, columns, mask, chunk, D, WIDTH)
-        products = tl.dot(more, tl.trans(column), products, input_precision=PRECISION)
+        products = tl.dot(part, tl.trans(column), products, input_precision=PRECISION)
     return products
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "chunks"])
 def anchor_kernel(
     x,  # (S, N, D) float32, sorted
     first,  # (S) int32: positions before it are no anchors
@@ -52,6 +61,7 @@ def anchor_kernel(
     pulls,  # (S, N) float32, out: weight of each positive
     pushes,  # (S, N) float32, out: weight of the negatives
     N,
+    chunks,
     factor,  # from inner products to scores in units of log 2
     D: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -86,7 +96,7 @@ def anchor_kernel(
     total = tl.zeros([ROWS], tl.float32)
     for tile in range(tiles):
         j = tl.where(tile < before, left + tile * COLUMNS, right + (tile - before) * COLUMNS) + tl.arange(0, COLUMNS)
-        scores = inner_products(x, row, rows, inside, j, j < N, D, WIDTH, PRECISION) * factor
+        scores = inner_products(x, row, rows, inside, j, j < N, chunks, D, WIDTH, PRECISION) * factor
         # From an anchor's point of view: others' columns, of anchors.
         negative = ((j < N) & (j >= start))[None, :] & ((j[None, :] < low[:, None]) | (j[None, :] >= high[:, None]))
         scores = tl.where(negative, scores, float("-inf"))
@@ -96,7 +106,7 @@ def anchor_kernel(
         highest = now
     count = high - low - 1
     complete = anchor & (count > 0) & (high - low < N - start)
-    log_k = tl.where(complete, highest + tl.log2(total), 0.0)
+    log_k = tl.where(complete, highest + tl.log2(tl.where(complete, total, 1.0)), 0.0)
 
     # 2. The positives.
     lowest = tl.min(tl.where(complete, low, FAR), axis=0) // COLUMNS * COLUMNS
@@ -105,19 +115,20 @@ def anchor_kernel(
     push = tl.zeros([ROWS], tl.float32)
     for j0 in range(lowest, last, COLUMNS):
         j = j0 + tl.arange(0, COLUMNS)
-        away = log_k[:, None] - inner_products(x, row, rows, inside, j, j < N, D, WIDTH, PRECISION) * factor
+        away = log_k[:, None] - inner_products(x, row, rows, inside, j, j < N, chunks, D, WIDTH, PRECISION) * factor
         positive = (j[None, :] >= low[:, None]) & (j[None, :] < high[:, None]) & (j[None, :] != rows[:, None])
         t = tl.exp2(-tl.abs(away))
         loss += tl.sum(tl.where(positive, tl.maximum(away, 0.0) * LOG2 + log1p(t), 0.0), axis=1)
         push += tl.sum(tl.where(positive, tl.where(away >= 0, 1.0, t) / (1.0 + t), 0.0), axis=1)
-    weight = tl.where(complete, 1.0 / tl.maximum(count, 1).to(tl.float32), 0.0)
-    tl.store(losses + at, loss * weight, mask=inside)
+    weight = 1.0 / tl.maximum(count, 1).to(tl.float32)
+    # Not products with 0: where no anchor is, there may be NaN.
+    tl.store(losses + at, tl.where(complete, loss * weight, 0.0), mask=inside)
     tl.store(log_ks + at, log_k, mask=inside)
-    tl.store(pulls + at, weight, mask=inside)
-    tl.store(pushes + at, push * weight, mask=inside)
+    tl.store(pulls + at, tl.where(complete, weight, 0.0), mask=inside)
+    tl.store(pushes + at, tl.where(complete, push * weight, 0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["N", "C"])
+@triton.jit(do_not_specialize=["N", "C", "chunks"])
 def gradient_kernel(
     x,  # (S, N, D) float32, sorted
     order,  # (S, N) int64: where each sorted position comes from
@@ -130,9 +141,11 @@ def gradient_kernel(
     gradient,  # (S, C, N) float32, out: in the order of the inputs
     N,
     C,
+    chunks,
     factor,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
+    CHUNKS: tl.constexpr,  # that one program sums up
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -151,16 +164,18 @@ def gradient_kernel(
     pull = tl.load(pulls + at, mask=inside, other=0.0)
     push = tl.load(pushes + at, mask=inside, other=0.0)
     row = load_vectors(x, rows, inside, 0, D, WIDTH)
+    part = tl.program_id(2) * CHUNKS
+    # Triton knows the sum of tuples, not their unpacking.
     flows = ()
-    for _ in tl.static_range(D // WIDTH):
-        flows = flows + (tl.zeros([ROWS, WIDTH], tl.float32),)
+    for _ in tl.static_range(CHUNKS):
+        flows = flows + (tl.zeros([ROWS, WIDTH], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     # Of rows that are no anchors nothing is wanted.
     left = tl.where(tl.program_id(0) * ROWS + ROWS > start, start // COLUMNS * COLUMNS, N)
     for j0 in range(left, N, COLUMNS):
         j = j0 + tl.arange(0, COLUMNS)
         # Zero for columns that are no anchors: what the terms below hold there is finite and then does not count.
         other = (j < N) & (j >= start)
-        scores = inner_products(x, row, rows, inside, j, other, D, WIDTH, PRECISION) * factor
+        scores = inner_products(x, row, rows, inside, j, other, chunks, D, WIDTH, PRECISION) * factor
         away = log_k[:, None] - scores
         back = tl.load(log_ks + scope * N + j, mask=other, other=0.0)[None, :] - scores
         # exp(-|log K - s|) serves both: a negative's score cannot pass log K.
@@ -174,13 +189,15 @@ def gradient_kernel(
         pushed = push[:, None] * t + push_back * u
         weight = tl.where(same, tl.where(j[None, :] == rows[:, None], 0.0, -pulled), pushed)
         sums = ()
-        for chunk in tl.static_range(D // WIDTH):
-            column = load_vectors(x, j, other, chunk, D, WIDTH)
-            sums = sums + (tl.dot(weight, column, flows[chunk], input_precision=PRECISION),)
+        for chunk in tl.static_range(CHUNKS):
+            # Beyond the last chunk it is read again, for a sum that is not stored.
+            column = load_vectors(x, j, other, tl.minimum(part + chunk, D // WIDTH - 1), D, WIDTH)
+            more = tl.dot(weight, column, flows[chunk], input_precision=PRECISION)
+            sums = sums + (more,)  # type: ignore[assignment]  # noqa: RUF005
         flows = sums
     to = tl.load(order + at, mask=inside, other=0)
-    for chunk in tl.static_range(D // WIDTH):
-        dims = chunk * WIDTH + tl.arange(0, WIDTH)
+    for chunk in tl.static_range(CHUNKS):
+        dims = (part + chunk) * WIDTH + tl.arange(0, WIDTH)
         out = gradient + (scope * C + dims)[None, :] * N + to[:, None]
         tl.store(out, tl.where(anchor[:, None], flows[chunk], 0.0), mask=inside[:, None] & (dims < C)[None, :])
 
@@ -198,29 +215,54 @@ def forward(
         with_gradient: whether the gradient is wanted.
     """
     scopes, classes, positions = x.shape
-    # Vectors of up to 64 stay in registers; longer ones pass through them in chunks.
-    width = max(16, triton.next_power_of_2(classes)) if classes <= 64 else 32
-    padded = triton.cdiv(classes, width) * width
-    rows, columns = (64, 32) if padded <= 128 else (32, 32)
+    # Padded, so that rows of `x` are aligned and loaded without a mask on the dimension.
+    width = 16 if classes <= 16 else 32
+    chunks = triton.cdiv(classes, width)
     # What CAMs of half precision have rounded away need not be computed, unless the temperature magnifies it.
-    precision = dot_precision(x) if dtype == torch.float32 or temperature < 0.1 else "tf32"
+    precision = dot_precision(exact=dtype == torch.float32 or temperature < 0.1)
 
-    labels, order = labels.sort(dim=1, stable=True)
+    labels, order = labels.int().sort(dim=1, stable=True)
     begin = torch.searchsorted(labels, labels, out_int32=True)
     end = torch.searchsorted(labels, labels, out_int32=True, right=True)
     first = torch.searchsorted(labels, torch.zeros_like(labels[:, :1]), out_int32=True)
     x = x.gather(2, order[:, None].expand(-1, classes, -1))
-    x = F.pad(x.transpose(1, 2), (0, padded - classes)).contiguous()
+    x = F.pad(x.transpose(1, 2), (0, chunks * width - classes)).contiguous()
     losses, log_ks, pulls, pushes = x.new_empty(4, scopes, positions)
-    grid = (triton.cdiv(positions, rows), scopes)
+    grid = (triton.cdiv(positions, ROWS), scopes)
     factor = 1.4426950408889634 / temperature
-    shape = {"D": padded, "WIDTH": width, "ROWS": rows, "COLUMNS": columns}
-    options = {**shape, "PRECISION": precision, "num_warps": 4, "num_stages": 1}
+    options = {"D": chunks * width, "WIDTH": width, "ROWS": ROWS, "PRECISION": precision}
+    options |= {"num_warps": 4, "num_stages": 1, **_register_limit()}
     with device_of(x):
-        anchor_kernel[grid](x, first, begin, end, losses, log_ks, pulls, pushes, positions, factor, **options)
+        anchor_kernel[grid](
+            x, first, begin, end, losses, log_ks, pulls, pushes, positions, chunks, factor, COLUMNS=32, **options
+        )
         gradient = x.new_empty((scopes, classes, positions) if with_gradient else 0)
         if with_gradient:
-            gradient_kernel[grid](
-                x, order, first, begin, end, log_ks, pulls, pushes, gradient, positions, classes, factor, **options
+            parts = triton.cdiv(chunks, MOST_CHUNKS)
+            per_part = triton.cdiv(chunks, parts)
+            gradient_kernel[(*grid, parts)](
+                x,
+                order,
+                first,
+                begin,
+                end,
+                log_ks,
+                pulls,
+                pushes,
+                gradient,
+                positions,
+                classes,
+                chunks,
+                factor,
+                CHUNKS=per_part,
+                COLUMNS=32 if per_part < MOST_CHUNKS else 16,
+                **options,
             )
     return losses.sum(), gradient
+
+
+def _register_limit() -> dict[str, int]:
+    """All registers a thread can have. Left to itself ptxas spills a few bytes to fit one thread block more."""
+    if interpreted() or triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": 255}

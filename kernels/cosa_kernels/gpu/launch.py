@@ -16,8 +16,11 @@ def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def dot_precision(tensor: Tensor) -> str:
-    """Of float32 matrix products: as exact as the inputs were. AMD has no tf32x3."""
-    if tensor.dtype != torch.float32 or interpreted():
-        return "tf32"
-    return "ieee" if triton.runtime.driver.active.get_current_target().backend == "hip" else "tf32x3"
+def dot_precision(exact: bool) -> str:
+    """Of float32 matrix products: `exact`, or as exact as half-precision inputs are; of what the target has."""
+    if interpreted():
+        return "ieee"
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return "tf32" if not exact and target.arch == "gfx942" else "ieee"
+    return "tf32x3" if exact else "tf32"

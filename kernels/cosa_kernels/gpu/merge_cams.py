@@ -5,7 +5,6 @@ The maps of absent classes are zeroed beforehand; the programs for them only rea
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -159,9 +158,8 @@ def merge(
     return merged
 
 
-@functools.lru_cache(maxsize=64)
 def _table(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """(scales, 3) int32 on the device: begin, h, w of each scale. Cached: never write to it."""
+    """(scales, 3) int32 on the device: begin, h, w of each scale."""
     table = torch.empty((len(sizes), 3), dtype=torch.int32, device=device)
     begin = 0
     for row, (h, w) in zip(table, sizes, strict=True):

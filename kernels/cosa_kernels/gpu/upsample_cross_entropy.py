@@ -38,7 +38,7 @@ def share_of_second(output, position, low, high):
 @triton.jit(do_not_specialize=["splits", "B", "K", "h", "w", "H", "W", "ignore_index"])
 def region_kernel(
     logits,  # (B, K, h, w) float32
-    target,  # (N, B, H, W) uint8 or int64
+    target,  # (N, B, H, W) uint8, int32 or int64
     weight,  # (N, B, H, W) float32, or unused
     scale,  # (N,) float32
     losses,  # (B, regions * splits) float32, out
@@ -92,11 +92,13 @@ def region_kernel(
         inside = (y < bottom) & (x < right)
         for n in tl.static_range(N):
             offset = ((n * B + image).to(tl.int64) * H + y) * W + x
-            label = tl.load(target + offset, mask=inside, other=0).to(tl.int32)
+            label = tl.load(target + offset, mask=inside, other=0)
             share = tl.load(scale + n)
             if WEIGHTED:
                 share = share * tl.load(weight + offset, mask=inside, other=0.0)
-            waiting = tl.where(inside & (label != ignore_index), label, NONE)
+            # What passes 32 bits has no channel either.
+            code = tl.minimum(tl.maximum(label.to(tl.int64), -1), NONE - 1).to(tl.int32)
+            waiting = tl.where(inside & (label != ignore_index), code, NONE)
             chosen = tl.min(waiting, axis=0)
             while chosen < NONE:
                 g = tl.where(waiting == chosen, share, 0.0)
@@ -146,7 +148,7 @@ def region_kernel(
         share = tl.zeros([ROWS * COLUMNS], tl.float32)
         for n in tl.static_range(N):
             offset = ((n * B + image).to(tl.int64) * H + y) * W + x
-            label = tl.load(target + offset, mask=inside, other=0).to(tl.int32)
+            label = tl.load(target + offset, mask=inside, other=0)
             factor = tl.load(scale + n)
             if WEIGHTED:
                 factor = factor * tl.load(weight + offset, mask=inside, other=0.0)
@@ -221,10 +223,10 @@ def forward(
     Raises:
         ValueError: more than 256 classes, or sizes whose product passes 2^30.
     """
-    precision = dot_precision(logits)
+    precision = dot_precision(exact=logits.dtype == torch.float32)
     # Few types, few kernels to compile; only what has full resolution is worth reading as it is.
     logits = logits.float().contiguous()
-    target = (target if target.dtype == torch.uint8 else target.long()).contiguous()
+    target = (target if target.dtype in (torch.uint8, torch.int32) else target.long()).contiguous()
     weight = None if weight is None else weight.float().contiguous()
     batch, classes, h, w = logits.shape
     count, _, height, width = target.shape

@@ -11,17 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosa_kernels import reference
+from cosa_kernels.autograd import register_ready_gradient
 from cosa_kernels.checks import (
     check_anchor_labels,
     check_choice,
     check_finite,
     check_finite_number,
+    check_maps,
     check_positions,
     check_positive,
     check_same_device,
-    check_vectors,
 )
-from cosa_kernels.implementation import Impl, accumulator, choose
+from cosa_kernels.implementation import Impl, accumulator, choose, full_precision
 
 Similarity = Literal["cosine", "dot"]
 Scope = Literal["image", "batch"]
@@ -80,7 +81,7 @@ def csc_info_nce(
         >>> round(csc_info_nce(cams, labels, torch.zeros(1, 2, 2)).item(), 4)  # log(1 + 2 exp(-1 / 0.5))
         0.2395
     """
-    check_vectors(cams)
+    check_maps("cams", cams)
     check_positions("labels", labels, cams, floating=False)
     check_positions("perplexity", perplexity, cams, floating=True)
     check_same_device(cams=cams, labels=labels, perplexity=perplexity)
@@ -127,8 +128,7 @@ def _operator(
     """Loss, and the gradient of `cams` (empty without `with_gradient`), for (S, C, N) CAM vectors in S scopes."""
     check_finite(cams=cams)
     check_anchor_labels(labels, anchors, cams.shape[1])
-    # Inside an operator autocast is still on, and would round the matrix products to half precision.
-    with torch.autocast(cams.device.type, enabled=False):
+    with full_precision(cams.device):
         x = cams.to(accumulator(cams.dtype))
         labels = torch.where(anchors, labels.long(), -1)
         if cosine:
@@ -143,7 +143,7 @@ def _operator(
         else:
             forward = _by_class if x.device.type == "cpu" else _masked
             loss, gradient = forward(x, labels, temperature, with_gradient)
-        share = anchors.sum().clamp(min=1).to(x.dtype).reciprocal()
+        share = (labels >= 0).sum().clamp(min=1).to(x.dtype).reciprocal()
         if with_gradient:
             gradient *= share / temperature
             if cosine:
@@ -187,14 +187,17 @@ def _sorted_scope(
     scaled = x / temperature
     small = bool((scaled * x).sum(dim=0).amax() <= SMALL_SCORE)
 
+    def against_later_classes(rows: slice, stop: int) -> Tensor:
+        scores = scaled[:, rows].T @ x[:, stop:]
+        return scores.exp_() if small else scores
+
     # 1. log K of each anchor: its sum over negatives, as a row and as a column.
     log_k = x.new_full((positions,), 0.0 if small else -torch.inf)
     kept: list[Tensor] = []
     room = KEPT_SCORES
     for rows, stop in pairs:
-        scores = scaled[:, rows].T @ x[:, stop:]
+        scores = against_later_classes(rows, stop)
         if small:
-            scores.exp_()
             log_k[rows] += scores.sum(dim=1)
             log_k[stop:] += scores.sum(dim=0)
         else:
@@ -230,12 +233,7 @@ def _sorted_scope(
     # 3. Negatives.
     factor = push * log_k.neg().exp_() if small else push
     for position, (rows, stop) in enumerate(pairs):
-        if position < len(kept):
-            scores = kept[position]
-        else:
-            scores = scaled[:, rows].T @ x[:, stop:]
-            if small:
-                scores.exp_()
+        scores = kept[position] if position < len(kept) else against_later_classes(rows, stop)
         if small:
             scores *= factor[rows, None] + factor[stop:]
         else:
@@ -258,6 +256,7 @@ def _masked(x: Tensor, labels: Tensor, temperature: float, with_gradient: bool) 
     loss = x.new_zeros(())
     gradient = x.new_zeros(x.shape if with_gradient else 0)
     scopes, _, positions = x.shape
+    x = x.masked_fill((labels < 0)[:, None], 0.0)  # where no anchor is, there may be NaN
     for rows in _chunks(0, positions, scopes * positions, x.device.type):
         here, label = x[:, :, rows], labels[:, rows, None]
         both = (label >= 0) & (labels[:, None] >= 0)
@@ -297,18 +296,4 @@ def _(
     return loss, cams.new_empty(cams.shape if with_gradient else 0, dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, upstream, _):  # type: ignore[no-untyped-def]
-    (gradient,) = ctx.saved_tensors
-    # In float32 until here: a gradient scaler's factor comes before the rounding to float16.
-    scaled = None if upstream is None else (gradient * upstream).to(ctx.dtype)
-    return scaled, None, None, None, None, None, None
-
-
-_operator.register_autograd(_backward, setup_context=_setup_context)
+register_ready_gradient(_operator)

@@ -13,10 +13,10 @@ from cosa_kernels.checks import (
     check_choice,
     check_finite,
     check_histogram,
+    check_maps,
     check_open_fraction,
     check_same_device,
     check_valid_box,
-    check_vectors,
 )
 from cosa_kernels.implementation import Impl, accumulator, choose
 
@@ -116,7 +116,7 @@ def confidence_histogram(
         >>> confidence_histogram(cams, bins=4).tolist()
         [1, 1, 0, 1]
     """
-    check_vectors(cams)
+    check_maps("cams", cams)
     if valid_box is not None:
         check_valid_box(valid_box, len(cams))
         check_same_device(cams=cams, valid_box=valid_box)
@@ -290,20 +290,21 @@ class DynamicThreshold(nn.Module):
     """CAM threshold xi that follows the confidences of the last batches (Eq. 6).
 
     Keeps a ring buffer of one histogram per batch (not of values), refits the mixture at each update and smooths the
-    result. Everything, xi included, stays on the device and in the state dict.
+    result. Everything, xi included, stays on the device and in the state dict. It sees the batches of its own process:
+    where several train together, broadcast xi, or gather the CAMs' histograms first.
 
     Args:
         initial: xi before the first successful fit.
         queue: batches remembered.
         floor: confidences below it are left out; 0 keeps all (Eq. 6).
-        limits: xi is clamped to them.
+        limits: each fit is clamped to them.
         momentum: xi <- momentum * xi + (1 - momentum) * fit.
         bins: resolution of the histograms.
         impl: "triton", "torch", "reference", or "auto": Triton on a GPU (for 4, 8, ... 1024 bins), else torch.
 
     Raises:
         ValueError: `initial` or `limits` is outside (0, 1), `queue` is not positive, `bins` is less than 4, or `impl`
-            is unknown.
+            is unknown; `limits` are not in order or `momentum` is not in [0, 1).
 
     Example:
         >>> threshold = DynamicThreshold(0.5, momentum=0.0)
@@ -331,13 +332,18 @@ class DynamicThreshold(nn.Module):
         check_open_fraction("initial", initial)
         for limit in limits:
             check_open_fraction("limits", limit)
+        if limits[0] > limits[1]:
+            raise ValueError(f"limits must be (low, high), got {limits}")
+        if not 0.0 <= momentum < 1.0:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         if queue < 1:
             raise ValueError(f"queue must be at least 1, got {queue}")
         check_bins(bins, 0.0, 1.0)
         check_choice("impl", impl, Impl)
         self.floor, self.limits, self.momentum, self.impl = floor, limits, momentum, impl
         self.register_buffer("xi", torch.tensor(float(initial)))
-        self.register_buffer("histograms", torch.zeros(queue, bins))
+        # Integers: module.half() leaves them alone.
+        self.register_buffer("histograms", torch.zeros(queue, bins, dtype=torch.int64))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
@@ -349,7 +355,7 @@ class DynamicThreshold(nn.Module):
             valid_box: (B, 4) integers y0, y1, x0, x1: positions outside do not count.
 
         Returns:
-            0-d float32 tensor: the new xi.
+            0-d tensor: xi itself, which the next update changes in place.
 
         Raises:
             ValueError: a shape, dtype or device is impossible.
@@ -357,7 +363,7 @@ class DynamicThreshold(nn.Module):
         check_same_device(cams=cams, histograms=self.histograms)
         queue, bins = self.histograms.shape
         counts = confidence_histogram(cams, bins=bins, floor=self.floor, valid_box=valid_box, impl=self.impl)
-        self.histograms.index_copy_(0, (self.position % queue)[None], counts[None].to(self.histograms.dtype))
+        self.histograms.index_copy_(0, (self.position % queue)[None], counts[None])
         self.position.add_(1)
         fit = fit_bimodal_threshold(self.histograms.sum(dim=0), impl=self.impl).clamp(*self.limits)
         # NaN where there is nothing to fit: then xi stays.

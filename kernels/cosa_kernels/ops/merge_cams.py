@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +18,7 @@ from cosa_kernels.checks import (
     check_views,
 )
 from cosa_kernels.implementation import Impl, accumulator, choose
-from cosa_kernels.interpolation import corners
+from cosa_kernels.interpolation import cached_on_cpu, corners
 
 Size = tuple[int, int]
 Sources = tuple[Tensor, Tensor, Tensor]
@@ -118,9 +117,9 @@ def _upsample(plane: Tensor, size: Size) -> Tensor:
     return plane
 
 
-@functools.lru_cache(maxsize=256)
+@cached_on_cpu
 def sources(low: int, high: int, dtype: torch.dtype, device: torch.device) -> Sources:
-    """Bilinear interpolation of `low` positions at `high` others, for `mix`. Cached: never write to it."""
+    """Bilinear interpolation of `low` positions at `high` others, for `mix`. Cached on the CPU: never write to it."""
     first, second, share = corners(low, high, device)
     return first, second, share.to(dtype)
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cosa_kernels import reference
-from cosa_kernels.checks import check_logits, check_same_device
-from cosa_kernels.implementation import Impl, choose
+from cosa_kernels.checks import check_maps, check_same_device
+from cosa_kernels.implementation import Impl, accumulator, choose
 from cosa_kernels.ops.cam_pseudo_labels import Size, assign_labels, check_arguments
-from cosa_kernels.ops.upsample_cross_entropy import upsample_cross_entropy
+from cosa_kernels.ops.upsample_cross_entropy import reciprocal_total, scaled_cross_entropy
 
 
 def raw_cross_entropy(
@@ -56,7 +56,7 @@ def raw_cross_entropy(
         3.0445
     """
     maps = [cams] if isinstance(cams, Tensor) else list(cams)
-    thresholds = [threshold] * len(maps) if isinstance(threshold, (float, int, Tensor)) else list(threshold)
+    thresholds = list(threshold) if isinstance(threshold, Sequence) else [threshold] * len(maps)
     _check(logits, maps, thresholds)
     check_arguments(maps, thresholds, valid_box, lambda_alpha, lambda_beta)
     cams_impl, impl = choose(impl, maps[0]), choose(impl, logits)
@@ -71,11 +71,13 @@ def raw_cross_entropy(
     labels, reliability = assign_labels(
         maps, thresholds, size, valid_box, lambda_alpha, lambda_beta, 255, True, cams_impl
     )
-    return upsample_cross_entropy(logits, labels, weight=reliability, impl=impl)
+    # Ignored pixels have reliability 0.
+    scale = reciprocal_total(reliability, accumulator(logits.dtype))
+    return scaled_cross_entropy(logits, labels, reliability, scale, 255, impl)
 
 
 def _check(logits: Tensor, cams: list[Tensor], thresholds: list[float | Tensor]) -> None:
-    check_logits(logits)
+    check_maps("logits", logits)
     if not cams or len(thresholds) != len(cams):
         raise ValueError(f"give one threshold for each tensor of cams: got {len(thresholds)} for {len(cams)}")
     for maps in cams:

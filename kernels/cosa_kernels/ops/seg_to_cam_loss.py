@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,14 +12,15 @@ from cosa_kernels import reference
 from cosa_kernels.checks import (
     check_class_labels,
     check_finite,
-    check_logits,
+    check_maps,
     check_positive,
     check_same_device,
     check_size,
     check_view_size,
     check_views,
 )
-from cosa_kernels.implementation import Impl, accumulator, choose
+from cosa_kernels.implementation import Impl, accumulator, choose, full_precision
+from cosa_kernels.interpolation import cached_on_cpu
 from cosa_kernels.ops.merge_cams import Size, Sources, mix, sources
 
 
@@ -109,7 +109,7 @@ def seg_to_cam_loss(
         >>> round(loss.item(), 4)  # log 2
         0.6931
     """
-    check_logits(cam_logits)
+    check_maps("cam_logits", cam_logits)
     views = [seg_logits] if isinstance(seg_logits, Tensor) else list(seg_logits)
     check_views("seg_logits", views)
     if views[0].shape[:2] != (cam_logits.shape[0], cam_logits.shape[1] + 1):
@@ -137,8 +137,7 @@ def _operator(
     for view in views:
         check_finite(seg_logits=view)
     arguments = (temperature, (size[0], size[1]), (grid[0], grid[1]))
-    # Inside an operator autocast is still on.
-    with torch.autocast(views[0].device.type, enabled=False):
+    with full_precision(views[0].device):
         if views[0].device.type != "cpu":
             absent = F.pad(class_labels == 0, (1, 0), value=False)
             return _probabilities(views, absent, *arguments)
@@ -188,11 +187,12 @@ def _sample(view: Tensor, axis: int, high: int, wanted: int) -> Tensor:
     return view if positions is None else view.index_select(axis, positions)
 
 
-@functools.lru_cache(maxsize=256)
+@cached_on_cpu
 def _needed(high: int, wanted: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, Sources | None]:
     """Which of `high` positions resizing to `wanted` mixes, and per output its sources among these.
 
-    All positions (None) where that is not more; no sources (None) where the size stays. Cached: never write to it.
+    All positions (None) where that is not more; no sources (None) where the size stays. Cached on the CPU:
+    never write to it.
     """
     if wanted == high:
         return None, None
@@ -203,9 +203,9 @@ def _needed(high: int, wanted: int, dtype: torch.dtype, device: torch.device) ->
     return torch.cat([first, second]), (outputs, outputs + wanted, share)
 
 
-@functools.lru_cache(maxsize=256)
+@cached_on_cpu
 def _sources(low: int, high: int, wanted: int, dtype: torch.dtype, device: torch.device) -> Sources:
-    """Sources among `low` positions for those of `high` that are needed. Cached: never write to it."""
+    """Sources among `low` positions for those of `high` that are needed. Cached on the CPU: never write to it."""
     positions, _ = _needed(high, wanted, dtype, device)
     first, second, share = sources(low, high, dtype, device)
     return (first, second, share) if positions is None else (first[positions], second[positions], share[positions])

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from cosa_kernels import reference
+from cosa_kernels.autograd import register_ready_gradient
 from cosa_kernels.checks import (
     check_choice,
     check_finite,
     check_label_values,
-    check_logits,
+    check_maps,
     check_same_device,
     check_targets,
     check_weight,
 )
-from cosa_kernels.implementation import Impl, accumulator, choose
+from cosa_kernels.implementation import Impl, accumulator, choose, full_precision
 from cosa_kernels.interpolation import interpolation_matrix, support
 
 Reduction = Literal["mean", "sum"]
@@ -41,8 +42,9 @@ def upsample_cross_entropy(
 ) -> Tensor:
     """Weighted cross-entropy of bilinearly up-sampled logits: sum(w * CE) / sum(w).
 
-    Loss and gradient come from one pass over the low-resolution logits; memory beyond the arguments is of the logits'
-    own size. Several targets for the same logits cost one pass too. Same result from run to run. No double backward.
+    Loss and gradient come from one pass over the low-resolution logits. Nothing with K channels is written at full
+    resolution: memory beyond the arguments is a few times the logits' own, and a few bytes a pixel. Several targets for
+    the same logits cost one pass too. Same result from run to run. No double backward.
 
     Args:
         logits: (B, K, h, w) float32, bfloat16 or float16 (float64 in plain torch).
@@ -65,7 +67,7 @@ def upsample_cross_entropy(
         >>> round(upsample_cross_entropy(logits, labels).item(), 4)  # log 3
         1.0986
     """
-    check_logits(logits)
+    check_maps("logits", logits)
     check_targets(target, len(logits))
     check_weight(weight, target)
     check_same_device(logits=logits, target=target, weight=weight)
@@ -81,8 +83,27 @@ def upsample_cross_entropy(
         target = target.long()  # a comparison with what uint8 cannot hold (-100) would wrap around
     if target.ndim == 3:
         target, weight = target[None], None if weight is None else weight[None]
+    dtype = accumulator(logits.dtype)
+    if reduction == "mean":
+        counted = target != ignore_index
+        scale = reciprocal_total(counted if weight is None else torch.where(counted, weight, 0), dtype)
+    else:
+        scale = torch.ones(len(target), dtype=dtype, device=target.device)
+    return scaled_cross_entropy(logits, target, weight, scale, ignore_index, impl)
+
+
+def reciprocal_total(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N,) reciprocal of the sum of each target's weights (N, B, H, W); 0 where that is 0."""
+    total = weight.sum(dim=(1, 2, 3), dtype=dtype)
+    return torch.where(total > 0, total.reciprocal(), 0)
+
+
+def scaled_cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, ignore_index: int, impl: str
+) -> Tensor:
+    """Sum over the N targets of scale * sum(w * CE), of checked arguments; `impl` is "triton" or "torch"."""
     with_gradient = logits.requires_grad and torch.is_grad_enabled()
-    loss, _ = _operator(logits, target, weight, ignore_index, reduction == "mean", with_gradient, impl)
+    loss, _ = _operator(logits, target, weight, scale, ignore_index, with_gradient, impl)
     return loss
 
 
@@ -91,32 +112,20 @@ def _operator(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    scale: Tensor,
     ignore_index: int,
-    mean: bool,
     with_gradient: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     """Loss, and its gradient at low resolution (empty without `with_gradient`), for (N, B, H, W) targets."""
-    check_finite(logits=logits)
+    check_finite(logits=logits, scale=scale)
     check_label_values("target", target, logits.shape[1], ignore_index)
-    # Inside an operator autocast is still on, and would round the matrix products to half precision.
-    with torch.autocast(logits.device.type, enabled=False):
-        scale = _scales(target, weight, ignore_index, mean, accumulator(logits.dtype))
+    with full_precision(logits.device):
         if impl == "triton":
             from cosa_kernels.gpu import upsample_cross_entropy as gpu
 
             return gpu.forward(logits, target, weight, scale, ignore_index, with_gradient)
         return _forward(logits, target, weight, scale, ignore_index, with_gradient)
-
-
-def _scales(target: Tensor, weight: Tensor | None, ignore_index: int, mean: bool, dtype: torch.dtype) -> Tensor:
-    """(N,) factors of the N losses: the reciprocal of each target's total weight; 0 where that is 0."""
-    if not mean:
-        return torch.ones(len(target), dtype=dtype, device=target.device)
-    counted = target != ignore_index
-    total = counted if weight is None else torch.where(counted, weight, 0)
-    total = total.sum(dim=(1, 2, 3), dtype=dtype)
-    return torch.where(total > 0, total.reciprocal(), 0)
 
 
 def _forward(
@@ -172,8 +181,8 @@ def _(
     logits: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    scale: Tensor,
     ignore_index: int,
-    mean: bool,
     with_gradient: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
@@ -182,18 +191,4 @@ def _(
     return loss, logits.new_empty(logits.shape, dtype=dtype) if with_gradient else logits.new_empty(0, dtype=dtype)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, upstream, _):  # type: ignore[no-untyped-def]
-    (gradient,) = ctx.saved_tensors
-    # In float32 until here: a gradient scaler's factor comes before the rounding to float16.
-    scaled = None if upstream is None else (gradient * upstream).to(ctx.dtype)
-    return scaled, None, None, None, None, None, None
-
-
-_operator.register_autograd(_backward, setup_context=_setup_context)
+register_ready_gradient(_operator)

@@ -80,11 +80,11 @@ def _cross_entropy(everything: bool) -> Iterator[tuple[str, Callable[[], object]
         (21, side, *usual[2:]) for side in sides
     ]
     varied += [(*usual[:3], *rest) for rest in itertools.product((1, 2), (True, False), (True, False), (torch.uint8,))]
-    varied += [(*usual[:6], torch.int64)]
+    varied += [(*usual[:6], wide) for wide in (torch.int32, torch.int64)]
     if everything:
         varied = list(
             itertools.product(
-                padded_classes, sides, dtypes, (1, 2), (True, False), (True, False), (torch.uint8, torch.int64)
+                padded_classes, sides, dtypes, (1, 2), (True, False), (True, False), (torch.uint8, torch.int32, torch.int64)
             )
         )
     for classes, high, dtype, count, weighted, gradient, target_dtype in varied:

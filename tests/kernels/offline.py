@@ -82,11 +82,8 @@ def _cross_entropy(everything: bool) -> Iterator[tuple[str, Callable[[], object]
     varied += [(*usual[:3], *rest) for rest in itertools.product((1, 2), (True, False), (True, False), (torch.uint8,))]
     varied += [(*usual[:6], wide) for wide in (torch.int32, torch.int64)]
     if everything:
-        varied = list(
-            itertools.product(
-                padded_classes, sides, dtypes, (1, 2), (True, False), (True, False), (torch.uint8, torch.int32, torch.int64)
-            )
-        )
+        targets = (torch.uint8, torch.int32, torch.int64)
+        varied = list(itertools.product(padded_classes, sides, dtypes, (1, 2), (True, False), (True, False), targets))
     for classes, high, dtype, count, weighted, gradient, target_dtype in varied:
         logits = torch.empty(2, classes, 28, 28, dtype=dtype)
         target = torch.empty(count, 2, high, high, dtype=target_dtype)

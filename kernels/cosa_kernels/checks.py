@@ -11,11 +11,19 @@ from torch import Tensor
 from cosa_kernels.implementation import debugging
 
 
+def check_tensor(name: str, value: object) -> None:
+    """A tensor, not a list or an array."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor, got {type(value).__name__}: use torch.as_tensor({name})")
+
+
 def check_maps(name: str, maps: Tensor) -> None:
-    """(B, C, h, w) floating, none of them 0."""
+    """(B, C, h, w) floating, no dimension empty."""
+    check_tensor(name, maps)
     if maps.ndim != 4 or not maps.is_floating_point() or 0 in maps.shape:
         raise ValueError(
-            f"{name} must be a floating (B, C, h, w) tensor, none of them 0: got {maps.dtype} {tuple(maps.shape)}"
+            f"{name} must be a floating (B, C, h, w) tensor with no empty dimension, got {maps.dtype} "
+            f"{tuple(maps.shape)}"
         )
 
 
@@ -34,11 +42,12 @@ def check_labels(name: str, labels: Tensor, batch: int) -> None:
 
 def check_targets(target: Tensor, batch: int) -> None:
     """(B, H, W) or (N, B, H, W) integers."""
+    check_tensor("target", target)
     integers = target.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
     if target.ndim not in (3, 4) or not integers or target.shape[-3] != batch or 0 in target.shape:
         raise ValueError(
-            f"target must be an integer ({batch}, H, W) or (N, {batch}, H, W) tensor, got {target.dtype} "
-            f"{tuple(target.shape)}"
+            f"target must be an integer ({batch}, H, W) or (N, {batch}, H, W) tensor of class indices (uint8, int8 to "
+            f"int64), got {target.dtype} {tuple(target.shape)}"
         )
 
 
@@ -46,10 +55,11 @@ def check_weight(weight: Tensor | None, target: Tensor) -> None:
     """Floating, the shape of `target`; it gets no gradient."""
     if weight is None:
         return
+    check_tensor("weight", weight)
     if weight.shape != target.shape or not weight.is_floating_point():
         raise ValueError(
             f"weight must be a floating tensor of target's shape {tuple(target.shape)}, got {weight.dtype} "
-            f"{tuple(weight.shape)}"
+            f"{tuple(weight.shape)} (weights of classes: pass weight[target], with ignored targets clamped)"
         )
     if weight.requires_grad:
         raise ValueError("weight requires a gradient, which this loss does not give: pass weight.detach()")
@@ -57,12 +67,14 @@ def check_weight(weight: Tensor | None, target: Tensor) -> None:
 
 def check_class_labels(class_labels: Tensor, batch: int, classes: int) -> None:
     """(B, C) multi-hot."""
+    check_tensor("class_labels", class_labels)
     if tuple(class_labels.shape) != (batch, classes):
         raise ValueError(f"class_labels must be ({batch}, {classes}), got {tuple(class_labels.shape)}")
 
 
 def check_valid_box(valid_box: Tensor, batch: int) -> None:
     """(B, 4) integers."""
+    check_tensor("valid_box", valid_box)
     if tuple(valid_box.shape) != (batch, 4) or valid_box.is_floating_point():
         raise ValueError(
             f"valid_box must be an integer ({batch}, 4) tensor of y0, y1, x0, x1, got {valid_box.dtype} "
@@ -121,6 +133,19 @@ def check_finite(**tensors: Tensor) -> None:
                 raise ValueError(f"{name} holds NaN or infinity (found because COSA_KERNELS_DEBUG=1)")
 
 
+def check_between(low: float, high: float, **tensors: Tensor) -> None:
+    """All values in [low, high]. Waits for the device, so only under COSA_KERNELS_DEBUG=1."""
+    check_finite(**tensors)
+    if debugging():
+        for name, tensor in tensors.items():
+            least, most = float(tensor.min()), float(tensor.max())
+            if least < low or most > high:
+                raise ValueError(
+                    f"{name} holds values from {least:.4g} to {most:.4g}; they must lie between {low:g} and {high:g} "
+                    "(found because COSA_KERNELS_DEBUG=1)"
+                )
+
+
 def check_label_values(name: str, labels: Tensor, classes: int, ignore_index: int) -> None:
     """Labels in [0, classes), or `ignore_index`. Read where that costs nothing (CPU) or under COSA_KERNELS_DEBUG=1."""
     if labels.device.type != "cpu" and not debugging():
@@ -142,13 +167,15 @@ def outside(labels: Tensor, classes: int) -> Tensor:
 
 def check_views(name: str, views: Sequence[Tensor]) -> None:
     """At least one floating (B, K, h, w) tensor; h and w may differ, the rest is that of the first."""
+    if isinstance(views, Tensor):
+        raise ValueError(f"{name} must be a sequence with the maps of each scale, got one tensor: pass [{name}]")
     if not views:
         raise ValueError(f"{name} is empty: give the maps of at least one scale")
     first = views[0]
     for position, view in enumerate(views):
         if view.ndim != 4 or not view.is_floating_point() or 0 in view.shape:
             raise ValueError(
-                f"{name}[{position}] must be a floating (B, C, h, w) tensor, none of them 0: got {view.dtype} "
+                f"{name}[{position}] must be a floating (B, C, h, w) tensor with no empty dimension, got {view.dtype} "
                 f"{tuple(view.shape)}"
             )
         if view.shape[:2] != first.shape[:2] or view.dtype != first.dtype or view.device != first.device:
@@ -219,8 +246,8 @@ def check_anchor_labels(labels: Tensor, anchors: Tensor, classes: int) -> None:
     wrong = anchors & outside(labels, classes + 1)
     if bool(wrong.any()):
         raise ValueError(
-            f"labels holds {int(labels[wrong][0])} at a position with perplexity <= epsilon; {classes} classes allow "
-            f"0 (background) to {classes}: give positions that do not count an infinite perplexity"
+            f"labels holds {int(labels[wrong][0])} at a position with perplexity <= epsilon; the {classes} channels "
+            f"of cams allow 0 to {classes}: give positions that do not count an infinite perplexity"
         )
 
 

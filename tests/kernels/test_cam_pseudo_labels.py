@@ -187,7 +187,7 @@ def _raw(logits: torch.Tensor, cams: torch.Tensor, options: dict, impl: str) -> 
     ("kwargs", "message"),
     [
         ({"cams": torch.zeros(2, 4, 4)}, r"\(B, C, h, w\)"),
-        ({"cams": torch.zeros(0, 2, 4, 4)}, "none of them 0"),
+        ({"cams": torch.zeros(0, 2, 4, 4)}, "no empty dimension"),
         ({"size": 8}, "size must be"),
         ({"cams": torch.zeros(1, 255, 1, 1)}, "leave room for 254"),
         ({"threshold": 0.0}, "threshold must lie strictly between 0 and 1"),
@@ -197,6 +197,7 @@ def _raw(logits: torch.Tensor, cams: torch.Tensor, options: dict, impl: str) -> 
         ({"size": (0, 4)}, "size must be"),
         ({"valid_box": torch.zeros(1, 3, dtype=torch.int64)}, "y0, y1, x0, x1"),
         ({"valid_box": torch.zeros(1, 4)}, "integer"),
+        ({"valid_box": [[0, 4, 0, 4]]}, "valid_box must be a torch.Tensor, got list"),
         ({"ignore_index": 256}, "fit uint8"),
         ({"impl": "fast"}, "impl must be one of"),
     ],
@@ -211,11 +212,11 @@ def test_raw_errors() -> None:
     logits, cams = torch.zeros(1, 3, 2, 2), torch.zeros(1, 2, 2, 2)
     with pytest.raises(ValueError, match=r"logits must be \(B, C \+ 1, h, w\)"):
         raw_cross_entropy(logits, torch.zeros(1, 3, 2, 2), 0.5)
-    with pytest.raises(ValueError, match="one threshold for each"):
+    with pytest.raises(ValueError, match="one threshold for each: got 2 and 1"):
         raw_cross_entropy(logits, [cams, cams], [0.5])
     with pytest.raises(ValueError, match="one shape and dtype"):
         raw_cross_entropy(logits, [cams, cams.half()], 0.5)
-    with pytest.raises(ValueError, match="give one threshold"):
+    with pytest.raises(ValueError, match="at least one tensor of cams"):
         raw_cross_entropy(logits, [], [])
 
 
@@ -223,3 +224,13 @@ def test_nan_under_the_debug_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COSA_KERNELS_DEBUG", "1")
     with pytest.raises(ValueError, match="cams holds NaN"):
         cam_pseudo_labels(torch.full((1, 2, 2, 2), float("nan")), 0.5)
+
+
+def test_values_out_of_range_under_the_debug_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    cams = torch.rand(1, 2, 2, 2)
+    cam_pseudo_labels(255 * cams, 0.5)  # looking would mean waiting, on a GPU
+    monkeypatch.setenv("COSA_KERNELS_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"cams holds values from .* must lie between"):
+        cam_pseudo_labels(255 * cams, 0.5)
+    with pytest.raises(ValueError, match="threshold holds values from 7 to 7"):
+        cam_pseudo_labels(cams, torch.tensor(7.0))

@@ -377,13 +377,13 @@ def test_nothing_waits_for_the_device(impl: str) -> None:
 CAMS, LABELS, PERPLEXITY = torch.rand(2, 3, 4, 5), torch.zeros(2, 4, 5, dtype=torch.uint8), torch.zeros(2, 4, 5)
 NEGATIVE, BEYOND = LABELS.long().index_fill(2, torch.tensor([1]), -7), LABELS.index_fill(2, torch.tensor([1]), 4)
 BAD_CALLS = {
-    r"cams must be a floating \(B, C, h, w\) tensor, none of them 0: got torch.float32 \(3, 4, 5\)": (
+    r"cams must be a floating \(B, C, h, w\) tensor with no empty dimension, got torch.float32 \(3, 4, 5\)": (
         CAMS[0],
         LABELS,
         PERPLEXITY,
         {},
     ),
-    r"cams must be a floating \(B, C, h, w\) tensor, none of them 0: got torch.int64": (
+    r"cams must be a floating \(B, C, h, w\) tensor with no empty dimension, got torch.int64": (
         CAMS.long(),
         LABELS,
         PERPLEXITY,
@@ -407,7 +407,12 @@ BAD_CALLS = {
     r"perplexity must be a floating .* got torch.uint8": (CAMS, LABELS, LABELS, {}),
     "perplexity is on meta and cams on cpu": (CAMS, LABELS, PERPLEXITY.to("meta"), {}),
     "labels is on meta and cams on cpu": (CAMS, LABELS.to("meta"), PERPLEXITY, {}),
-    "labels holds 4 at a position with perplexity <= epsilon; 3 classes allow": (CAMS, BEYOND, PERPLEXITY, {}),
+    "labels holds 4 at a position with perplexity <= epsilon; the 3 channels of cams allow": (
+        CAMS,
+        BEYOND,
+        PERPLEXITY,
+        {},
+    ),
     "labels holds -7 at a position with": (CAMS, NEGATIVE, PERPLEXITY, {}),
     "epsilon must be a finite number, got inf": (CAMS, LABELS, PERPLEXITY, {"epsilon": math.inf}),
     "epsilon must be a finite number, got nan": (CAMS, LABELS, PERPLEXITY, {"epsilon": math.nan}),

@@ -185,7 +185,7 @@ BAD_CALLS: dict[str, Callable[[], Tensor]] = {
     r"cams\[1\] must be a floating \(B, C, h, w\) tensor.*\(3, 4, 4\)": lambda: merge_cams(
         [MAPS, MAPS[0]], class_labels=ONES, size=(4, 4)
     ),
-    r"cams\[0\] must be a floating .*none of them 0.*\(2, 3, 0, 4\)": lambda: merge_cams(
+    r"cams\[0\] must be a floating .*no empty dimension.*\(2, 3, 0, 4\)": lambda: merge_cams(
         [MAPS[:, :, :0]], class_labels=ONES, size=(4, 4)
     ),
     r"all of cams must have one batch.*\(2, 2, 4, 4\).*beside.*\(2, 3, 4, 4\)": lambda: merge_cams(

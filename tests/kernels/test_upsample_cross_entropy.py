@@ -34,6 +34,9 @@ LARGE = {
     "prime sides": ((27, 20), (421, 317), 21),
     "more than one tile of columns": ((9, 70), (65, 1100), 4),
     "C = 150, prime sides": ((11, 7), (97, 89), 151),
+    "same size, several tiles": ((70, 600), (70, 600), 3),
+    "same height, several tiles": ((70, 9), (70, 40), 3),
+    "down-sampling, several tiles": ((90, 1200), (80, 1100), 2),
 }
 
 
@@ -309,8 +312,8 @@ class TestErrors:
 
     def test_shapes(self) -> None:
         assert "floating (B, C, h, w)" in self.message(self.logits[0], self.labels)
-        assert "none of them 0" in self.message(self.logits[:, :, :0], self.labels)
-        assert "none of them 0" in self.message(self.logits[:0], self.labels[:0])
+        assert "no empty dimension" in self.message(self.logits[:, :, :0], self.labels)
+        assert "no empty dimension" in self.message(self.logits[:0], self.labels[:0])
         assert "integer (2, H, W)" in self.message(self.logits, self.labels[:1])
         assert "integer (2, H, W)" in self.message(self.logits, self.labels.float())
         assert "target's shape" in self.message(self.logits, self.labels, weight=torch.ones(2, 24, 23))

@@ -52,20 +52,27 @@ def csc_info_nce(
 ) -> Tensor:
     """Contrastive separation in CAMs (CSC; Eq. 9, 10).
 
-    Every position of low perplexity is an anchor: the CAM vectors of positions with its pseudo-label are pulled to it,
-    those of other pseudo-labels pushed away. Memory grows with the number of positions N, not with N^2. Same result
-    from run to run. No double backward.
+    Every position of low perplexity is an anchor i. With s_ij the similarity of the vectors at i and j over the
+    temperature, N_i the anchors of other labels and R_i those of i's own (i itself not among them):
+
+        loss_i = mean over p in R_i of softplus(logsumexp over n in N_i of s_in - s_ip)
+
+    which is -log(exp(s_ip) / (exp(s_ip) + sum_n exp(s_in))); the other positives are not in the denominator, unlike in
+    the supervised contrastive loss of Khosla et al. Memory grows with the number of positions, not with its square.
+    Same result from run to run. No double backward.
 
     Args:
-        cams: (B, C, h, w) CAM vectors of the online network, float32, bfloat16 or float16 (float64 in plain torch).
-        labels: (B, h, w) integers, the pseudo-labels of the assignment network's auxiliary CAMs: 0 to C; anything
-            where the perplexity exceeds epsilon.
-        perplexity: (B, h, w) their perplexity; infinite where a position does not count.
+        cams: (B, C, h, w) vectors, float32, bfloat16 or float16 (float64 in plain torch): CAMs of the online network,
+            or any embedding with C channels.
+        labels: (B, h, w) integers from 0 to C: pseudo-labels of the assignment network's auxiliary CAMs; anything where
+            the perplexity exceeds epsilon.
+        perplexity: (B, h, w) their perplexity, NaN or infinite where a position does not count. Not a mask: without
+            perplexities pass zeros, and infinity for positions to leave out.
         epsilon: positions with perplexity <= epsilon take part.
         temperature: of the InfoNCE, > 0.
         similarity: "cosine", or "dot" for the plain inner product.
         scope: "image" contrasts within each image, "batch" across the batch.
-        impl: "triton", "torch", "reference", or "auto": Triton on a GPU (up to 256 classes), else torch.
+        impl: "triton", "torch", "reference", or "auto": Triton on a GPU (up to 256 channels), else torch.
 
     Returns:
         0-d float32 tensor (float64 for float64 CAMs): the sum over anchors divided by their number |Omega| over the

@@ -289,9 +289,10 @@ def _log_odds(lower: Component, upper: Component) -> tuple[float, float, float]:
 class DynamicThreshold(nn.Module):
     """CAM threshold xi that follows the confidences of the last batches (Eq. 6).
 
-    Keeps a ring buffer of one histogram per batch (not of values), refits the mixture at each update and smooths the
-    result. Everything, xi included, stays on the device and in the state dict. It sees the batches of its own process:
-    where several train together, broadcast xi, or gather the CAMs' histograms first.
+    A confidence is the largest CAM of a pixel. Keeps a ring buffer of one histogram per batch (not of values), refits
+    the mixture at each update and smooths the result. The threshold is the 0-d tensor `.xi` (`.xi.clone()` to keep
+    one); it, the buffer and its position stay on the device and are the state dict. It sees the batches of its own
+    process: where several train together, broadcast xi, or gather the CAMs' histograms first.
 
     Args:
         initial: xi before the first successful fit.
@@ -345,6 +346,14 @@ class DynamicThreshold(nn.Module):
         # Integers: module.half() leaves them alone.
         self.register_buffer("histograms", torch.zeros(queue, bins, dtype=torch.int64))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
+
+    def extra_repr(self) -> str:
+        """The options, for `print`."""
+        queue, bins = self.histograms.shape
+        return (
+            f"queue={queue}, floor={self.floor}, limits={self.limits}, momentum={self.momentum}, bins={bins}, "
+            f"impl={self.impl!r}"
+        )
 
     @torch.no_grad()
     def update(self, cams: Tensor, valid_box: Tensor | None = None) -> Tensor:

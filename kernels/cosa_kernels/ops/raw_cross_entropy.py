@@ -30,7 +30,7 @@ def raw_cross_entropy(
     its perplexity; its text says normalised reliability, the reciprocal.) No double backward.
 
     Args:
-        logits: (B, C + 1, h, w) segmentation logits of the network in training.
+        logits: (B, C + 1, h, w) segmentation logits of the network in training; channel 0 is background.
         cams: (B, C, h', w') in [0, 1], zero for absent classes; they get no gradient. Or a sequence of such tensors
             (main and auxiliary CAMs, say): their losses are added, in one pass.
         threshold: xi in (0, 1), a float or a 0-d tensor on the device; or a sequence with one for each of `cams`.
@@ -79,12 +79,14 @@ def raw_cross_entropy(
 def _check(logits: Tensor, cams: list[Tensor], thresholds: list[float | Tensor]) -> None:
     check_maps("logits", logits)
     if not cams or len(thresholds) != len(cams):
-        raise ValueError(f"give one threshold for each tensor of cams: got {len(thresholds)} for {len(cams)}")
+        raise ValueError(
+            f"give at least one tensor of cams, and one threshold for each: got {len(cams)} and {len(thresholds)}"
+        )
     for maps in cams:
         if maps.ndim == 4 and (maps.shape[0], maps.shape[1] + 1) != (logits.shape[0], logits.shape[1]):
             raise ValueError(
-                f"logits must be (B, C + 1, h, w) for (B, C, h', w') cams: got {tuple(logits.shape)} and "
-                f"{tuple(maps.shape)}"
+                f"logits must be (B, C + 1, h, w), background first, for (B, C, h', w') cams: got "
+                f"{tuple(logits.shape)} and {tuple(maps.shape)}"
             )
         if maps.shape != cams[0].shape or maps.dtype != cams[0].dtype:
             raise ValueError(

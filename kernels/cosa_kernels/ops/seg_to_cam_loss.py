@@ -40,8 +40,8 @@ def seg_pseudo_labels(
     the inputs are detached. Same result from run to run.
 
     Args:
-        seg_logits: (B, C + 1, h, w), float32, bfloat16, float16 or float64; or a sequence of these (the views of a
-            multi-scale network), which are up-sampled bilinearly to `size` and added.
+        seg_logits: (B, C + 1, h, w), background first; float32, bfloat16, float16 or float64. Or a sequence of these
+            (the views of a multi-scale network), which are up-sampled bilinearly to `size` and added.
         class_labels: (B, C), other than 0 for classes present in the image.
         temperature: tau > 0.
         size: (H, W) of the softmax; None: the views' own size, if they have the same.

@@ -40,7 +40,7 @@ def upsample_cross_entropy(
     reduction: Reduction = "mean",
     impl: Impl = "auto",
 ) -> Tensor:
-    """Weighted cross-entropy of bilinearly up-sampled logits: sum(w * CE) / sum(w).
+    """Weighted cross-entropy of bilinearly (`align_corners=False`) up-sampled logits: sum(w * CE) / sum(w).
 
     Loss and gradient come from one pass over the low-resolution logits. Nothing with K channels is written at full
     resolution: memory beyond the arguments is a few times the logits' own, and a few bytes a pixel. Several targets for
@@ -48,7 +48,8 @@ def upsample_cross_entropy(
 
     Args:
         logits: (B, K, h, w) float32, bfloat16 or float16 (float64 in plain torch).
-        target: (B, H, W) integers below K, or `ignore_index`; or (N, B, H, W): N targets whose losses are added.
+        target: (B, H, W) class indices below K, or `ignore_index`; or (N, B, H, W), `torch.stack([one, other])`: N
+            targets whose losses are added.
         weight: the shape of `target`, >= 0; None: 1.
         ignore_index: target of pixels that do not count.
         reduction: "mean" divides each target's loss by the sum of its weights, "sum" does not.
@@ -140,8 +141,9 @@ def _forward(
     ay, ax = (interpolation_matrix(n, m, wide.dtype, wide.device) for n, m in zip(low, high, strict=True))
     for image in range(len(wide)):
         for rows, columns in _tiles(high):
-            source_rows, source_columns = support(low[0], high[0], *rows), support(low[1], high[1], *columns)
-            tile = (slice(*rows), slice(*columns))
+            tile = source_rows, source_columns = slice(*rows), slice(*columns)
+            if resized:
+                source_rows, source_columns = support(low[0], high[0], *rows), support(low[1], high[1], *columns)
             labels = target[:, image, *tile]
             counted = labels != ignore_index
             labels = torch.where(counted, labels, 0).long()

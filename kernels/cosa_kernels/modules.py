@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from cosa_kernels.checks import check_choice, check_open_fraction, check_positive
 from cosa_kernels.implementation import Impl
-from cosa_kernels.ops.cam_pseudo_labels import Size
 from cosa_kernels.ops.csc_info_nce import Scope, Similarity, csc_info_nce
 from cosa_kernels.ops.raw_cross_entropy import raw_cross_entropy
 from cosa_kernels.ops.seg_to_cam_loss import seg_to_cam_loss
 from cosa_kernels.ops.upsample_cross_entropy import Reduction, upsample_cross_entropy
+from cosa_kernels.reference import Size
 
 
 class UpsampleCrossEntropyLoss(nn.Module):

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from cosa_kernels import reference
 from cosa_kernels.ops.seg_to_cam_loss import _operator, _probabilities, seg_pseudo_labels, seg_to_cam_loss
-from three_way import DEVICE, ROUNDING, compare, relative_error
+from three_way import DEVICE, ROUNDING, LargestTensor, compare, relative_error
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 Size = tuple[int, int]
 
@@ -125,19 +124,6 @@ def test_other_devices_are_not_waited_for() -> None:
     assert got.shape == (2, 4, 4, 4)
 
 
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that an operation returned."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return result
-
-
 def test_nothing_of_full_resolution_is_made() -> None:
     side, classes = 448, 20
     views = [torch.zeros(2, classes + 1, low, low) for low in (28, 14, 42)] * 2
@@ -145,13 +131,13 @@ def test_nothing_of_full_resolution_is_made() -> None:
     at_most = 2 * (classes + 1) * 56 * 56
     full = 2 * (classes + 1) * side * side
     # The operator's function itself: a mode does not look into operators.
-    with Largest() as largest:
+    with LargestTensor() as largest:
         _operator._init_fn(views, present, 0.01, [side, side], [28, 28])
     assert 0 < largest.elements <= at_most / 2  # image by image
-    with Largest() as largest:
+    with LargestTensor() as largest:
         _probabilities(views, F.pad(present == 0, (1, 0), value=False), 0.01, (side, side), (28, 28))
     assert 0 < largest.elements <= at_most < full / 50
-    with Largest() as largest:
+    with LargestTensor() as largest:
         reference.seg_pseudo_labels(views, present, size=(side, side))
     assert largest.elements >= full  # the measure is able to see it
 

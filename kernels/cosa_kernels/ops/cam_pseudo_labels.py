@@ -19,8 +19,7 @@ from cosa_kernels.checks import (
     check_valid_box,
 )
 from cosa_kernels.implementation import Impl, accumulator, choose
-
-Size = tuple[int, int]
+from cosa_kernels.reference import Size
 
 
 def cam_pseudo_labels(

@@ -19,8 +19,8 @@ from cosa_kernels.checks import (
 )
 from cosa_kernels.implementation import Impl, accumulator, choose
 from cosa_kernels.interpolation import cached_on_cpu, corners
+from cosa_kernels.reference import Size
 
-Size = tuple[int, int]
 Sources = tuple[Tensor, Tensor, Tensor]
 """Per output along an axis: its two sources (int64) and the share of the second one."""
 

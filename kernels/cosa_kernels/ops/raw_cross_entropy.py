@@ -9,8 +9,9 @@ from torch import Tensor
 from cosa_kernels import reference
 from cosa_kernels.checks import check_maps, check_same_device
 from cosa_kernels.implementation import Impl, accumulator, choose
-from cosa_kernels.ops.cam_pseudo_labels import Size, assign_labels, check_arguments
+from cosa_kernels.ops.cam_pseudo_labels import assign_labels, check_arguments
 from cosa_kernels.ops.upsample_cross_entropy import reciprocal_total, scaled_cross_entropy
+from cosa_kernels.reference import Size
 
 
 def raw_cross_entropy(

@@ -21,7 +21,8 @@ from cosa_kernels.checks import (
 )
 from cosa_kernels.implementation import Impl, accumulator, choose, full_precision
 from cosa_kernels.interpolation import cached_on_cpu
-from cosa_kernels.ops.merge_cams import Size, Sources, mix, sources
+from cosa_kernels.ops.merge_cams import Sources, mix, sources
+from cosa_kernels.reference import Size
 
 
 def seg_pseudo_labels(

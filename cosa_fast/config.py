@@ -241,6 +241,20 @@ class TrainConfig(Section):
         return self
 
 
+class ValidationConfig(Section):
+    """Quality measured during the training on the first evaluation split; it needs masks and never changes a weight."""
+
+    every: NonNegative = 0
+    """Iterations from one validation to the next; 0: none, and no mask is looked for."""
+    images: Positive = 500
+    """At most so many images, evenly spaced through the split; the end of the training is measured on all."""
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+    flip: bool = True
+    size: Positive = 448
+    """Side in pixels of the square every image is resized to."""
+    batch_size: Positive = 8
+
+
 class PseudoConfig(Section):
     """The pseudo-label store written from the trained assignment network."""
 
@@ -257,19 +271,22 @@ class MultistageConfig(Section):
     """CoSA-MS: a standalone segmentation network trained on the stored pseudo-labels."""
 
     architecture: str = "DeepLabV3Plus"
-    """Any segmentation-models-pytorch architecture."""
+    """Any segmentation-models-pytorch architecture, or `LargeFOV` (with `wide_resnet38`)."""
     encoder: str = "tu-resnet101d"
-    """Any of its encoders, timm's included as `tu-<name>`."""
+    """Any of its encoders, timm's included as `tu-<name>`, or `wide_resnet38` (with `LargeFOV`)."""
     encoder_weights: str | None = "imagenet"
     weights: Path | None = None
-    """Local safetensors file with the encoder's weights."""
+    """Local safetensors or .pth file with the encoder's weights; checked key by key."""
     iterations: Positive = 20000
     batch_size: Positive = 16
     crop: Positive = 512
     scale: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 2.0)
     optimizer: Literal["sgd", "adamw"] = "sgd"
     lr: Annotated[float, Field(gt=0)] = 7e-3
+    head_lr_scale: Annotated[float, Field(gt=0)] = 1.0
+    """Learning-rate factor of everything but the encoder."""
     weight_decay: Weight = 1e-4
+    """With `adamw` not of biases, normalisation and position tables."""
     warmup: NonNegative = 0
     power: Weight = 0.9
     min_confidence: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -291,8 +308,21 @@ class EvalConfig(Section):
     threshold: OpenFraction | None = None
     """CAM threshold of the pseudo-labels that are scored; None: the one the training ended with."""
     batch_size: Positive = 8
+    crf: Literal["none", "release", "standard"] = "none"
+    """Also score every network after a dense CRF: `release` is the authors' one iteration, `standard` the usual ten."""
     panel_images: Positive = 8
     """Rows of the qualitative panel."""
+
+
+class StudiesConfig(Section):
+    """The paper's tables and figures, made by `snakemake studies`."""
+
+    seeds: tuple[NonNegative, ...] = (0, 1, 2)
+    """Runs of each row of Table 3; the other studies use the first."""
+    thresholds: tuple[OpenFraction, ...] = (0.3, 0.4, 0.5, 0.6)
+    """Fixed thresholds that the dynamic one is compared with."""
+    coexisting: tuple[str, ...] = ("bird", "train", "aeroplane", "boat", "car")
+    """Classes of C-mIoU (Table 4b): those that Fig. 7 shows; the paper does not list them."""
 
 
 class RuntimeConfig(Section):
@@ -323,10 +353,26 @@ class Config(Section):
     cosa: CosaConfig = CosaConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    validation: ValidationConfig = ValidationConfig()
     pseudo: PseudoConfig = PseudoConfig()
     multistage: MultistageConfig = MultistageConfig()
     eval: EvalConfig = EvalConfig()
+    studies: StudiesConfig = StudiesConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+
+def before_guidance(cosa: CosaConfig, model: ModelConfig) -> tuple[CosaConfig, ModelConfig]:
+    """The same settings with everything that first matters at `train.guidance_start` switched off or at its default.
+
+    Runs that agree on the rest share one warm-up.
+    """
+    off = {"guidance": "none", "csc": False, "dynamic_threshold": False}
+    unused = (
+        "threshold_floor", "threshold_range", "threshold_momentum", "lambda_s2c", "lambda_csc",
+        "spl_temperature", "csc_temperature", "csc_scope", "s2c_relu",
+    )  # fmt: skip
+    defaults = {key: CosaConfig.model_fields[key].default for key in unused}
+    return cosa.model_copy(update=off | defaults), model.model_copy(update={"detach": "none"})
 
 
 def config_from_mapping(values: Mapping[str, Any], source: str = "config") -> Config:

@@ -33,8 +33,12 @@ class Prediction:
 
     cams: Tensor
     """(B, C, S, S) float32 merged CAMs in [0, 1]; zero for classes that are not in the image-level labels."""
+    aux_cams: Tensor
+    """(B, C, S, S) the same of the auxiliary CAMs."""
     seg: Tensor
     """(B, C + 1, S, S) float32 segmentation logits added over scales and mirror images; channel 0 is background."""
+    logits: Tensor
+    """(B, C) class logits, the mean of the views'."""
 
 
 @torch.inference_mode()
@@ -51,7 +55,9 @@ def predict(
     views = MultiScale(*(tuple(view.float() for view in getattr(views, name)) for name in MultiScale.__slots__))
     return Prediction(
         cams=merge_cams(views.cams, views.mirrored_cams, class_labels=class_labels, size=size),
+        aux_cams=merge_cams(views.aux_cams, views.mirrored_aux_cams, class_labels=class_labels, size=size),
         seg=views.summed_seg(size),
+        logits=torch.stack(views.logits).mean(dim=0),
     )
 
 

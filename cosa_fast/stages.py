@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -28,6 +28,7 @@ from cosa_fast.config import (
     PseudoConfig,
     RuntimeConfig,
     TrainConfig,
+    ValidationConfig,
     VocConfig,
 )
 
@@ -115,44 +116,63 @@ class Masks(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Stage):
-    """Train CoSA from image-level labels; killed and started again, it continues."""
-
-    command = "train"
+class Training(Stage):
+    """What both parts of the CoSA training take."""
 
     index: Path
     """Dataset index from `cosa-fast data index`."""
-    output: Path
-    """Checkpoint to write (safetensors)."""
     resume: Path
     """Folder for the state of an unfinished run, its metrics and TensorBoard files."""
     masks: Path | None = None
-    """List of masks from `cosa-fast data masks`; only for the oracle, `--cosa.guidance gt`."""
+    """List of masks from `cosa-fast data masks`; only for validation and the oracle, `--cosa.guidance gt`."""
+    validation_index: Path | None = None
+    """Dataset index with the split to validate on; default: `--index`."""
     augment: AugmentConfig
     loader: LoaderConfig
     model: ModelConfig
     cosa: CosaConfig
     optim: OptimConfig
     train: TrainConfig
+    validation: ValidationConfig
     runtime: RuntimeConfig
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The settings, by name."""
+        names = ("augment", "loader", "model", "cosa", "optim", "train", "validation", "runtime", "threads")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warmup(Training):
+    """Train CoSA up to train.guidance_start: what all variants of its guidance can begin with."""
+
+    command = "warmup"
+
+    output: Path
+    """Folder to write: the state and the logs so far."""
+
+    def run(self) -> None:
+        from cosa_fast.training.single_stage import warm_up
+
+        warm_up(self.index, self.output, self.resume, self.masks, self.validation_index, **self.sections)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Training):
+    """Train CoSA from image-level labels; killed and started again, it continues."""
+
+    command = "train"
+
+    output: Path
+    """Checkpoint to write (safetensors); the logs come to stand beside it (.metrics.jsonl, .validation.jsonl)."""
+    warmup: Path | None = None
+    """Folder from `cosa-fast warmup` to begin with; without it, the training begins at the beginning."""
 
     def run(self) -> None:
         from cosa_fast.training.single_stage import train
 
-        train(
-            self.index,
-            self.output,
-            self.resume,
-            self.masks,
-            augment=self.augment,
-            loader=self.loader,
-            model=self.model,
-            cosa=self.cosa,
-            optim=self.optim,
-            train=self.train,
-            runtime=self.runtime,
-            threads=self.threads,
-        )
+        train(self.index, self.output, self.resume, self.masks, self.validation_index, self.warmup, **self.sections)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,4 +291,4 @@ class Evaluate(Stage):
         )
 
 
-STAGES: tuple[type[Stage], ...] = (MiniVoc, Index, Masks, Train, PseudoLabels, Export, Multistage, Evaluate)
+STAGES: tuple[type[Stage], ...] = (MiniVoc, Index, Masks, Warmup, Train, PseudoLabels, Export, Multistage, Evaluate)

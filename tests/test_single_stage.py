@@ -21,6 +21,7 @@ from cosa_fast.config import (
     OptimConfig,
     RuntimeConfig,
     TrainConfig,
+    ValidationConfig,
     VocConfig,
 )
 from cosa_fast.data.index import Index
@@ -55,18 +56,28 @@ def sections(**changes: dict[str, Any]) -> dict[str, Any]:
             "iterations": 12, "batch_size": 4, "c2s_start": 2, "guidance_start": 4, "checkpoint_every": 4,
             "log_every": 4,
         },
+        "validation": {"size": 64, "images": 3},
         "runtime": {"device": "cpu"},
     }  # fmt: skip
     kinds = {
         "augment": AugmentConfig, "loader": LoaderConfig, "model": ModelConfig, "cosa": CosaConfig,
-        "optim": OptimConfig, "train": TrainConfig, "runtime": RuntimeConfig,
+        "optim": OptimConfig, "train": TrainConfig,
+        "validation": ValidationConfig, "runtime": RuntimeConfig,
     }  # fmt: skip
     return {name: kind(**{**base[name], **changes.get(name, {})}) for name, kind in kinds.items()}
 
 
-def run(index: Path, folder: Path, masks: Path | None = None, **changes: dict[str, Any]) -> Path:
+def run(
+    index: Path, folder: Path, masks: Path | None = None, warmup: Path | None = None, **changes: dict[str, Any]
+) -> Path:
     output = folder / "cosa.safetensors"
-    single_stage.train(index, output, folder / "resume", masks, **sections(**changes), threads=1)
+    single_stage.train(index, output, folder / "resume", masks, None, warmup, **sections(**changes), threads=1)
+    return output
+
+
+def warm_up(index: Path, folder: Path, masks: Path | None = None, **changes: dict[str, Any]) -> Path:
+    output = folder / "warmup"
+    single_stage.warm_up(index, output, folder / "resume-warmup", masks, **sections(**changes), threads=1)
     return output
 
 
@@ -145,3 +156,60 @@ def test_impossible_settings_are_said_before_training(
 def test_missing_index_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cannot read the dataset index .*absent.json.*: run"):
         run(tmp_path / "absent.json", tmp_path)
+
+
+@pytest.fixture(scope="module")
+def masks(index: Path) -> Path:
+    prepare_masks(index, index.with_name("all_masks.json"), index.with_name("cache"), threads=1)
+    return index.with_name("all_masks.json")
+
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "cosa": {},
+    "no_csc": {"cosa": {"csc": False}},
+    "unguided": {"cosa": {"guidance": "none", "lambda_csc": 0.2, "spl_temperature": 0.5}},
+    "detached": {"model": {"detach": "feat"}},
+}
+
+
+def test_variants_that_begin_with_one_warm_up_are_what_they_are_alone(index: Path, masks: Path, tmp_path: Path) -> None:
+    watched = {"validation": {"every": 3}}
+    warmup = warm_up(index, tmp_path, masks, **watched, cosa={"guidance": "noise"})
+    assert not (tmp_path / "resume-warmup").exists()
+    digests = set()
+    for name, changes in VARIANTS.items():
+        alone = run(index, tmp_path / name / "alone", masks, **watched, **changes)
+        branched = run(index, tmp_path / name / "branched", masks, warmup, **watched, **changes)
+        assert digest(alone) == digest(branched)
+        for log in ("metrics", "validation"):
+            lines = [json.loads(line) for line in branched.with_suffix(f".{log}.jsonl").read_text().splitlines()]
+            expected = [json.loads(line) for line in alone.with_suffix(f".{log}.jsonl").read_text().splitlines()]
+            for line in lines + expected:
+                line.pop("seconds_per_iteration", None)
+            # The warm-up's last record is one that a whole training has only if it falls on a multiple.
+            assert [line for line in lines if line["iteration"] != 4] == [
+                line for line in expected if line["iteration"] != 4
+            ]
+        digests.add(digest(alone))
+    assert len(digests) == len(VARIANTS)
+
+
+def test_validation_does_not_change_the_result(index: Path, masks: Path, tmp_path: Path) -> None:
+    quiet, watched = run(index, tmp_path / "a"), run(index, tmp_path / "b", masks, validation={"every": 5})
+    assert digest(quiet) == digest(watched)
+    assert not quiet.with_suffix(".validation.jsonl").exists()
+
+
+def test_a_warm_up_of_other_settings_is_refused(index: Path, tmp_path: Path) -> None:
+    warmup = warm_up(index, tmp_path)
+    with pytest.raises(ValueError, match=r"warm-up with other settings \(cosa.raw was True, is False\): make it again"):
+        run(index, tmp_path, warmup=warmup, cosa={"raw": False})
+    with pytest.raises(ValueError, match=r"there is no state.pt"):
+        run(index, tmp_path, warmup=tmp_path)
+    with pytest.raises(ValueError, match=r"train.guidance_start = 0 of 12 iterations leaves nothing to share"):
+        warm_up(index, tmp_path, train={"c2s_start": 0, "guidance_start": 0})
+
+
+def test_validation_needs_masks(index: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"validation.every = 5 needs masks"):
+        run(index, tmp_path, validation={"every": 5})

@@ -23,6 +23,8 @@ class MultiScale:
     mirrored_aux_cams: tuple[Tensor, ...]
     seg: tuple[Tensor, ...]
     """(B, C + 1, h_k, w_k) segmentation logits, mirrored ones included."""
+    logits: tuple[Tensor, ...]
+    """(B, C) class logits, mirrored ones included."""
 
     def summed_seg(self, size: tuple[int, int]) -> Tensor:
         """(B, C + 1, *size): logits of all views, up-sampled bilinearly and added."""
@@ -44,6 +46,7 @@ def multi_scale(net: CosaNet, images: Tensor, scales: Sequence[float], flip: boo
         aux_cams=tuple(out.aux_cams[:count] for out in outputs),
         mirrored_aux_cams=tuple(out.aux_cams[count:].flip(-1) for out in outputs if flip),
         seg=tuple(out.seg[:count] for out in outputs) + tuple(out.seg[count:].flip(-1) for out in outputs if flip),
+        logits=tuple(part for out in outputs for part in out.logits.split(count)),
     )
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from cosa_fast.files import exclusive, require_space, write_atomically
+from cosa_fast.files import describe_os_error, exclusive, require_space, write_atomically
 
 log = logging.getLogger(__name__)
 BatchT = TypeVar("BatchT")
@@ -31,6 +33,26 @@ class Stateful(Protocol):
         """Continue from `state`."""
 
 
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Something to measure now and then."""
+
+    every: int
+    """Iterations from one call to the next; the last iteration is measured too."""
+    measure: Callable[[int], tuple[list[dict[str, Any]], dict[str, float]]]
+    """Of the iterations done so far: records for `validation.jsonl`, and scalars for TensorBoard."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Another run's state to begin with."""
+
+    folder: Path
+    """What `publish` wrote."""
+    fingerprint: Mapping[str, Any]
+    """What must be the same as in that run."""
+
+
 def run(
     *,
     name: str,
@@ -42,26 +64,31 @@ def run(
     step: Callable[[int, BatchT], dict[str, Tensor]],
     checkpoint_every: int,
     log_every: int,
+    validation: Validation | None = None,
+    origin: Origin | None = None,
 ) -> None:
-    """Call `step(iteration, batch)` for every iteration not yet done.
+    """Call `step(iteration, batch)` for every iteration not yet done; afterwards the state of the end is saved.
 
     Every `checkpoint_every` iterations the `state`, torch's random generators and the iteration are saved to
     `folder/state.pt`, atomically. A later call with the same `fingerprint` (everything that decides the result)
-    continues from there; with another one it starts anew and says so. The loader's position is the iteration:
-    `batches(start)` must give batch number `start` first. The scalars that `step` returns stay on the device and are
-    averaged over `log_every` iterations, then written to `folder/metrics.jsonl` and TensorBoard files there.
+    continues from there; with another one it starts anew and says so: from `origin`, if there is one. The loader's
+    position is the iteration: `batches(start)` must give batch number `start` first. The scalars that `step` returns
+    stay on the device and are averaged over `log_every` iterations, then written to `folder/metrics.jsonl` and
+    TensorBoard files there; what `validation` measures goes to `folder/validation.jsonl`.
 
     Raises:
-        ValueError: another process trains in `folder`, the disk is or gets full, the loss is not finite, or the saved
-            state is damaged.
+        ValueError: another process trains in `folder`, the disk is or gets full, the loss is not finite, or a saved
+            state is damaged or, for `origin`, of other settings.
     """
     with exclusive(folder):
         path = folder / "state.pt"
         start = _resume(path, fingerprint, state, name)
+        if start == 0 and origin is not None:
+            start = _begin(origin, folder, state, name)
         size = sum(_bytes(part.state_dict()) for part in state.values())
         require_space(folder, 4 * size, f"{name} (two checkpoints and the result)")
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
-        metrics = _truncate_log(folder / "metrics.jsonl", start)
+        metrics, records = (_truncate_log(folder / f"{log}.jsonl", start) for log in ("metrics", "validation"))
         for leftover in folder.glob(f".{path.name}.*.tmp"):  # of a process killed while it saved
             leftover.unlink()
         totals: dict[str, Tensor] = {}
@@ -90,15 +117,46 @@ def run(
                         f"{name}: the loss is {means['loss']} at iteration {done}; lower the learning rate or look at "
                         f"{folder / 'metrics.jsonl'}. The last checkpoint is kept"
                     )
-            if done % checkpoint_every == 0 and done < iterations and all(map(_finite, totals.values())):
+            if validation is not None and (done % validation.every == 0 or done == iterations):
+                began = time.perf_counter()
+                lines, scalars = validation.measure(done)
+                _append(records, lines)
+                for key, scalar in scalars.items():
+                    writer.add_scalar(key, scalar, done)
+                clock += time.perf_counter() - began
+            if (done % checkpoint_every == 0 or done == iterations) and all(map(_finite, totals.values())):
                 _save(path, fingerprint, state, done)
         writer.close()
         if hasattr(source, "close"):
             source.close()
 
 
-def finish(folder: Path) -> None:
-    """Forget the saved state once the result is written; the metrics stay."""
+def publish(folder: Path, output: Path) -> None:
+    """Make a run's folder, state and logs, the origin of other runs: it becomes the folder `output`.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    try:
+        for private in (".lock", "state.other.pt"):
+            (folder / private).unlink(missing_ok=True)
+        shutil.rmtree(output, ignore_errors=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder, output)
+    except OSError as error:
+        raise ValueError(describe_os_error(error, output)) from None
+
+
+def finish(folder: Path, output: Path) -> None:
+    """Once the result `output` is written: put the logs beside it, forget the saved state.
+
+    `results/cosa.safetensors` gets `results/cosa.metrics.jsonl` and, if there was validation,
+    `results/cosa.validation.jsonl`.
+    """
+    for log in ("metrics", "validation"):
+        path = folder / f"{log}.jsonl"
+        if path.exists():
+            write_atomically(output.with_suffix(f".{log}.jsonl"), path.read_bytes())
     (folder / "state.pt").unlink(missing_ok=True)
 
 
@@ -124,22 +182,47 @@ def _resume(path: Path, fingerprint: Mapping[str, Any], state: Mapping[str, Stat
     """Load a saved state if it belongs to this run; the iteration to go on with."""
     if not path.exists():
         return 0
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
-        raise ValueError(f"the saved state {path} is damaged: delete it to start again") from None
+    saved = _read_state(path)
     difference = _difference(json.loads(saved["fingerprint"]), json.loads(json.dumps(fingerprint, default=str)))
     if difference:
         other = path.with_name("state.other.pt")
         path.replace(other)
         log.warning("%s: starting anew, %s is of another run (%s)", name, other, "; ".join(difference[:5]))
         return 0
+    log.info("%s: continuing from iteration %d (%s)", name, saved["iteration"], path)
+    return _restore(saved, state)
+
+
+def _begin(origin: Origin, folder: Path, state: Mapping[str, Stateful], name: str) -> int:
+    """Load the state of another run, with its logs; the iteration to go on with."""
+    path = origin.folder / "state.pt"
+    if not path.exists():
+        raise ValueError(f"{origin.folder} is no warm-up of `cosa-fast warmup`: there is no {path.name}")
+    saved = _read_state(path)
+    difference = _difference(json.loads(saved["fingerprint"]), json.loads(json.dumps(origin.fingerprint, default=str)))
+    if difference:
+        raise ValueError(
+            f"{origin.folder} is a warm-up with other settings ({'; '.join(difference[:5])}): make it again"
+        )
+    shutil.copytree(origin.folder, folder, ignore=shutil.ignore_patterns(path.name), dirs_exist_ok=True)
+    log.info("%s: beginning at iteration %d with %s", name, saved["iteration"], origin.folder)
+    return _restore(saved, state)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    try:
+        saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise ValueError(f"the saved state {path} is damaged: delete it to start again") from None
+    return saved
+
+
+def _restore(saved: dict[str, Any], state: Mapping[str, Stateful]) -> int:
     for key, part in state.items():
         part.load_state_dict(saved["state"][key])
     torch.set_rng_state(saved["rng"])
     if saved["cuda_rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(saved["cuda_rng"])
-    log.info("%s: continuing from iteration %d (%s)", name, saved["iteration"], path)
     return int(saved["iteration"])
 
 
@@ -160,10 +243,14 @@ def _truncate_log(path: Path, start: int) -> Path:
 
 
 def _report(path: Path, writer: SummaryWriter, iteration: int, values: Mapping[str, float]) -> None:
-    with open(path, "a") as handle:
-        handle.write(json.dumps({"iteration": iteration, **{k: round(v, 6) for k, v in values.items()}}) + "\n")
+    _append(path, [{"iteration": iteration, **{k: round(v, 6) for k, v in values.items()}}])
     for key, value in values.items():
         writer.add_scalar(key, value, iteration)
+
+
+def _append(path: Path, records: list[dict[str, Any]]) -> None:
+    with open(path, "a") as handle:
+        handle.write("".join(json.dumps(record) + "\n" for record in records))
 
 
 def _finite(total: Tensor) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +31,8 @@ from cosa_fast.training import loop
 from cosa_fast.training.schedule import poly_lr
 
 log = logging.getLogger(__name__)
+# Besides biases and normalisation: what Swin and other transformers learn of positions.
+UNDECAYED = ("relative_position_bias_table", "pos_embed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,13 @@ class SegBatch:
     """(B, 3, S, S) uint8."""
     labels: Tensor
     """(B, S, S) uint8; 255 where nothing is to be learnt."""
+
+    def to(self, device: torch.device) -> SegBatch:
+        """The batch on `device`; to a GPU from pinned memory, so that the copy waits for nothing."""
+        tensors = (self.images, self.labels)
+        if device.type == "cuda":
+            tensors = (self.images.pin_memory(), self.labels.pin_memory())
+        return SegBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 def train_segmenter(
@@ -60,17 +71,17 @@ def train_segmenter(
         resume: folder of the resumable state and the metrics; a killed run continues from it.
 
     Raises:
-        ValueError: the store is not of this index, the network cannot be made, or the disk is full.
+        ValueError: the store is damaged or not of this index, the network cannot be made or trained with this batch
+            size, an image cannot be read, or the disk is full.
     """
     machine = resolve(runtime, threads)
     dataset = Index.load(index)
     labels = PseudoLabels(store)
     labels.require_match(dataset)
     labels.load()
-    if multistage.batch_size < 2:
-        raise ValueError("multistage.batch_size = 1, but batch normalisation needs at least 2 images")
     torch.manual_seed(multistage.seed)
     net = build_segmenter(multistage, len(dataset.classes) + 1)
+    _check_batch_size(net, multistage)
     require_space(output.parent, 3 * 4 * parameter_count(net), "the checkpoint")
     log.info(
         "CoSA-MS on %s: %s with %s, %d images, %.1f M parameters, %s",
@@ -101,7 +112,7 @@ def train_segmenter(
         "threshold": labels.info.threshold,
     }
     save_segmenter(output, trainer.net, classes=dataset.classes, dataset=dataset.name, config=multistage, store=origin)
-    loop.finish(resume)
+    loop.finish(resume, output)
 
 
 class SegmenterTrainer:
@@ -113,28 +124,65 @@ class SegmenterTrainer:
             self.net.to(memory_format=torch.channels_last)
         runtime.compile(self.net)
         self.mean, self.std = normalisation(config)
-        parameters = self.net.parameters()
+        groups = parameter_groups(self.net, config)
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay)
+            torch.optim.SGD(groups, lr=config.lr, momentum=0.9)
             if config.optimizer == "sgd"
-            else torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+            else torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999))
         )
 
     def step(self, iteration: int, batch: SegBatch) -> dict[str, Tensor]:
         """Train on one batch: cross-entropy over the pixels that have a label."""
         config = self.config
         for group in self.optimizer.param_groups:
-            group["lr"] = poly_lr(iteration, config.lr, config.iterations, config.warmup, config.power)
+            rate = poly_lr(iteration, config.lr, config.iterations, config.warmup, config.power)
+            group["lr"] = group["scale"] * rate
+        batch = batch.to(self.runtime.device)
         images = normalise(batch.images, self.mean, self.std, self.runtime.device)
         self.net.train()
         with self.runtime.autocast():
             logits = self.net(images)
         # 0 rather than NaN for a batch whose every pixel is ignored.
-        loss = upsample_cross_entropy(logits, batch.labels.to(self.runtime.device), ignore_index=IGNORED)
+        loss = upsample_cross_entropy(logits, batch.labels, ignore_index=IGNORED)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         return {"loss": loss.detach()}
+
+
+def parameter_groups(net: Segmenter, config: MultistageConfig) -> list[dict[str, Any]]:
+    """The optimiser's groups, the encoder's first; `scale` is their factor of the learning rate.
+
+    AdamW spares biases, normalisation and position tables the weight decay, as Swin's authors do; SGD decays all, as
+    DeepLab's do.
+    """
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in net.named_parameters():
+        spared = config.optimizer == "adamw" and (parameter.ndim < 2 or name.endswith(UNDECAYED))
+        groups.setdefault((not name.startswith("net.encoder."), spared), []).append(parameter)
+    return [
+        {
+            "params": groups[head, spared],
+            "scale": config.head_lr_scale if head else 1.0,
+            "weight_decay": 0.0 if spared else config.weight_decay,
+        }
+        for head, spared in sorted(groups)
+    ]
+
+
+def _check_batch_size(net: Segmenter, config: MultistageConfig) -> None:
+    """One image is enough unless batch normalisation follows a pooling to one pixel: a dry run without data tells."""
+    if config.batch_size > 1:
+        return
+    try:
+        deepcopy(net).to("meta").train()(torch.empty(1, 3, config.crop, config.crop, device="meta"))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise ValueError(
+            f"multistage.batch_size = 1, but {config.architecture} normalises over the batch after pooling to one "
+            "pixel: it needs at least 2 images"
+        ) from None
 
 
 def batches(

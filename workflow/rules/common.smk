@@ -1,3 +1,4 @@
+import hashlib
 import os
 import shutil
 import sys
@@ -5,7 +6,14 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from cosa_fast.config import config_from_mapping, to_flags
+from cosa_fast.config import before_guidance, config_from_mapping, to_flags
+from cosa_fast.studies.variants import (
+    DECISIVE,
+    VARIANTS,
+    run_prefix,
+    threshold_variant,
+    variant,
+)
 
 # The shorter of absolute and relative: what a person would have typed.
 SOURCE = (
@@ -59,14 +67,64 @@ PER_CLASS = RESULTS / "per_class_iou.csv"
 PANEL = RESULTS / f"{CONFIG.data.dataset}_panel.png"
 PRODUCTS = [MIOU, PER_CLASS, PANEL] if SCORED else [STORE, SEGMENTER]
 
-ORACLE = CONFIG.cosa.guidance == "gt"
+# Without a split with masks there is nothing to validate on.
+VALIDATION = CONFIG.validation.model_copy(update={} if SCORED else {"every": 0})
+VALIDATED = VALIDATION.every > 0
+MACHINE = to_flags(
+    CONFIG.model_copy(update={"validation": VALIDATION}),
+    "loader",
+    "validation",
+    "runtime",
+)
+
 GPUS = (
     0 if CONFIG.runtime.device == "cpu" else 1
 )  # what a cluster is asked for; no limit elsewhere
 
 
+def run_files(run) -> dict[str, Path]:
+    """What a training leaves, by kind."""
+    kinds = ["metrics"] + (["validation"] if VALIDATED else [])
+    logs = {kind: run.with_suffix(f".{kind}.jsonl") for kind in kinds}
+    return {"checkpoint": run.with_suffix(".safetensors"), **logs}
+
+
+def training_inputs(run) -> dict[str, Path]:
+    """What a training with the settings `run` reads; without guidance that starts late there is no warm-up."""
+    files = {"index": TRAIN_INDEX}
+    if run.cosa.guidance == "gt":
+        files["masks"] = MASKS
+    elif VALIDATED:  # only looked at: newer ones are no reason to train again
+        files["masks"] = ancient(MASKS)
+    if VALIDATED:
+        files["validation_index"] = ancient(INDEX)
+    if 0 < run.train.guidance_start < run.train.iterations:
+        files["warmup"] = RESULTS / "warmups" / warmup_key(run)
+    return files
+
+
+def early(run):
+    """The settings of a run's warm-up."""
+    cosa, model = before_guidance(run.cosa, run.model)
+    return run.model_copy(update={"cosa": cosa, "model": model})
+
+
+def warmup_key(run) -> str:
+    """Name of the warm-up that a run begins with."""
+    return hashlib.sha256(to_flags(early(run), *DECISIVE).encode()).hexdigest()[:10]
+
+
+# The settings of every training that may be asked for, by the name of the warm-up it begins with.
+WARMUPS = {warmup_key(CONFIG): CONFIG}
+
+
+def path_flags(files) -> str:
+    """`--name path` of each named file."""
+    return " ".join(f"--{name.replace('_', '-')} {path}" for name, path in files.items())
+
+
 def stage_error(logs: Path) -> str:
     """What the stage that ran last had to say: Snakemake prints its whole command line after it."""
-    files = sorted(logs.glob("*.log"), key=lambda file: file.stat().st_mtime)
+    files = sorted(logs.rglob("*.log"), key=lambda file: file.stat().st_mtime)
     text = files[-1].read_text() if files else ""
     return "".join(text.partition("\ncosa-fast ")[1:]).strip()

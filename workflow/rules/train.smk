@@ -1,9 +1,42 @@
+rule warmup:
+    input:
+        unpack(
+            lambda wildcards: {
+                name: path
+                for name, path in training_inputs(early(WARMUPS[wildcards.key])).items()
+                if name != "warmup"
+            }
+        ),
+    output:
+        state=directory(RESULTS / "warmups/{key}"),
+    log:
+        RESULTS / "logs/warmup_{key}.log",
+    benchmark:
+        RESULTS / "benchmarks/warmup_{key}.tsv"
+    wildcard_constraints:
+        key="[0-9a-f]{10}",
+    conda:
+        "../envs/cosa.yaml"
+    threads: CONFIG.threads
+    resources:
+        gpu=GPUS,
+        machine=MACHINE,
+    params:
+        resume=RESUME / "warmup_{key}",
+        files=lambda wildcards, input: path_flags(input),
+        flags=lambda wildcards: to_flags(early(WARMUPS[wildcards.key]), *DECISIVE),
+    message:
+        "Training CoSA until its guidance starts"
+    shell:
+        "cosa-fast warmup --threads {threads} --log {log} {params.files}"
+        " --output {output.state} --resume {params.resume} {params.flags} {resources.machine}"
+
+
 rule train:
     input:
-        index=INDEX if ORACLE else TRAIN_INDEX,
-        masks=MASKS if ORACLE else [],
+        **training_inputs(CONFIG),
     output:
-        checkpoint=CHECKPOINT,
+        **run_files(RESULTS / "cosa"),
     log:
         RESULTS / "logs/train.log",
     benchmark:
@@ -13,14 +46,13 @@ rule train:
     threads: CONFIG.threads
     resources:
         gpu=GPUS,
-        machine=to_flags(CONFIG, "loader", "runtime"),
+        machine=MACHINE,
     params:
         resume=RESUME / "cosa",
-        masks="--masks" if ORACLE else "",
-        flags=to_flags(CONFIG, "augment", "model", "cosa", "optim", "train"),
+        files=lambda wildcards, input: path_flags(input),
+        flags=to_flags(CONFIG, *DECISIVE),
     message:
         "Training CoSA from image-level labels"
     shell:
-        "cosa-fast train --threads {threads} --log {log}"
-        " --index {input.index} {params.masks} {input.masks}"
+        "cosa-fast train --threads {threads} --log {log} {params.files}"
         " --output {output.checkpoint} --resume {params.resume} {params.flags} {resources.machine}"

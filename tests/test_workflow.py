@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / ".test/config/config.yaml"
-ALL = ["train_index", "index", "masks", "train", "pseudo_labels", "multistage", "evaluate"]
+ALL = ["train_index", "index", "masks", "warmup", "train", "pseudo_labels", "multistage", "evaluate"]
 
 # Stands in for the command line: notes the call, makes the outputs, fails on demand.
 FAKE = """#!/usr/bin/env bash
@@ -27,7 +27,7 @@ while [ $# -gt 1 ]; do
   esac
   shift
 done
-rule=$(basename "$log" .log)
+rule=$(basename "$log" .log | sed "s/_[0-9a-f]\\{10\\}$//")
 echo "$rule|$call" >> calls
 echo "12:00:00 $rule: started" | tee "$log" >&2
 if [ "$rule" = "$FAIL" ]; then
@@ -35,7 +35,10 @@ if [ "$rule" = "$FAIL" ]; then
   exit 1
 fi
 for output in "${outputs[@]}"; do
-  case $output in *.zarr|*_png) mkdir -p "$output"; output=$output/content ;; esac
+  case $output in
+    *.zarr|*_png|*/warmups/*) mkdir -p "$output"; output=$output/content ;;
+    */cosa.safetensors) echo $RANDOM | tee "${output%.*}.metrics.jsonl" > "${output%.*}.validation.jsonl" ;;
+  esac
   echo $RANDOM > "$output"
 done
 """
@@ -111,9 +114,10 @@ def test_stages_run_in_order_and_masks_are_checked_before_training(finished: Pre
     assert sorted(calls) == sorted(ALL)
     assert calls[3:] == ALL[3:]
     assert calls.index("index") < calls.index("masks")
-    assert "--masks" not in finished.calls["train"]
     results = finished.folder / "results/test"
-    assert {path.stem for path in (results / "benchmarks").iterdir()} == set(ALL)
+    assert {path.stem.split("_")[0] for path in (results / "benchmarks").iterdir()} == {
+        rule.split("_")[0] for rule in ALL
+    }
 
 
 @pytest.mark.parametrize(
@@ -125,8 +129,9 @@ def test_stages_run_in_order_and_masks_are_checked_before_training(finished: Pre
         ("coco={root: elsewhere}", []),  # another dataset's
         ("eval={panel_images: 3}", ["evaluate"]),
         ("voc={eval_splits: [val, test]}", ["index", "masks", "evaluate"]),
-        ("multistage={lr: 0.002}", ALL[5:]),
-        ("pseudo={shard: 8}", ALL[4:]),
+        ("multistage={lr: 0.002}", ALL[6:]),
+        ("pseudo={shard: 8}", ALL[5:]),
+        ("cosa={csc: false}", ALL[4:]),  # begins with the same warm-up
         ("cosa={swap: false}", ALL[3:]),
         ("train={seed: 5}", ALL[3:]),
         ("minivoc={seed: 5}", ALL),
@@ -164,12 +169,21 @@ def test_a_named_preset_is_not_laid_over_the_demo(pretended: Pretended) -> None:
 def test_without_evaluation_no_mask_is_looked_for(pretended: Pretended) -> None:
     done = pretended.run("--configfile", TINY, "--config", "voc={root: mine, train_split: all, eval_splits: []}")
     assert done.returncode == 0, done.stdout
-    assert list(pretended.calls) == ["train_index", "train", "pseudo_labels", "multistage"]
+    assert list(pretended.calls) == ["train_index", "warmup", "train", "pseudo_labels", "multistage"]
+    assert "masks" not in pretended.calls["train"] + pretended.calls["warmup"]
+    assert "--validation.every 0" in pretended.calls["train"]
 
 
-def test_only_the_oracle_trains_with_masks(pretended: Pretended) -> None:
-    pretended.run("--configfile", TINY, "--config", "cosa={guidance: gt}", "--", "results/test/cosa.safetensors")
-    assert "--masks results/test/data/masks.json" in pretended.calls["train"]
+def test_masks_are_for_the_oracle_and_for_validation(pretended: Pretended) -> None:
+    target = "results/test/cosa.safetensors"
+    unwatched = "validation={every: 0}"
+    for guidance, in_training in [("spl", False), ("gt", True)]:
+        pretended.run("--configfile", TINY, "--config", unwatched, f"cosa={{guidance: {guidance}}}", "--", target)
+        assert ("--masks results/test/data/masks.json" in pretended.calls["train"]) == in_training
+    pretended.run("--configfile", TINY, "--", target)
+    for rule in ("warmup", "train"):
+        files = "--masks results/test/data/masks.json --validation-index results/test/data/index.json"
+        assert files in pretended.calls[rule]
 
 
 def test_a_failed_stage_has_the_last_word_and_the_rest_is_kept(pretended: Pretended) -> None:
@@ -178,7 +192,7 @@ def test_a_failed_stage_has_the_last_word_and_the_rest_is_kept(pretended: Preten
     assert "cosa-fast multistage: error: no space left" in done.stdout.splitlines()[-8:]
     again = pretended.run("--configfile", TINY)
     assert again.returncode == 0, again.stdout
-    assert list(pretended.calls) == ALL[5:]
+    assert list(pretended.calls) == ALL[6:]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +234,8 @@ def test_the_whole_pipeline(pipeline: Path) -> None:
     assert not [name for name in classes if name not in table]
     assert (pipeline / "voc_panel.png").read_bytes().startswith(b"\x89PNG")
     for rule in ALL:
-        assert "finished in" in (pipeline / f"logs/{rule}.log").read_text()
+        (log,) = (pipeline / "logs").glob(f"{rule}_??????????.log" if rule == "warmup" else f"{rule}.log")
+        assert "finished in" in log.read_text()
     again = snakemake(pipeline.parents[1], "--configfile", TINY)
     assert "Nothing to be done" in again.stdout
 

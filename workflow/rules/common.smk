@@ -120,7 +120,9 @@ WARMUPS = {warmup_key(CONFIG): CONFIG}
 
 def path_flags(files) -> str:
     """`--name path` of each named file."""
-    return " ".join(f"--{name.replace('_', '-')} {path}" for name, path in files.items())
+    return " ".join(
+        f"--{name.replace('_', '-')} {path}" for name, path in files.items()
+    )
 
 
 def stage_error(logs: Path) -> str:

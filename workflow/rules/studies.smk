@@ -5,7 +5,7 @@ RUNS = {
     for seed in CONFIG.studies.seeds
 }
 # Each is as quick on one core; on a GPU they take turns.
-SIDE_BY_SIDE = CONFIG.runtime.device == "cpu" or not Path("/dev/nvidiactl").exists()
+SIDE_BY_SIDE = CONFIG.runtime.device == "cpu" or shutil.which("nvidia-smi") is None
 
 WARMUPS |= {warmup_key(run): run for run in RUNS.values()}
 
@@ -40,4 +40,7 @@ use rule train as study_train with:
 
 rule studies:
     input:
-        [run_prefix(CONFIG, name, seed).with_suffix(".safetensors") for name, seed in RUNS],
+        [
+            run_prefix(CONFIG, name, seed).with_suffix(".safetensors")
+            for name, seed in RUNS
+        ],

@@ -3,7 +3,9 @@ rule warmup:
         unpack(
             lambda wildcards: {
                 name: path
-                for name, path in training_inputs(early(WARMUPS[wildcards.key])).items()
+                for name, path in training_inputs(
+                    early(WARMUPS[wildcards.key])
+                ).items()
                 if name != "warmup"
             }
         ),

@@ -29,7 +29,7 @@ use rule train as study_train with:
         machine=MACHINE,
         stage=0 if SIDE_BY_SIDE else 1,
     params:
-        resume=RESUME / "studies/{variant}_{seed}",
+        resume=str(RESUME / "studies/{variant}_{seed}"),
         files=lambda wildcards, input: path_flags(input),
         flags=lambda wildcards: to_flags(
             RUNS[wildcards.variant, int(wildcards.seed)], *DECISIVE

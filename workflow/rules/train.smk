@@ -24,7 +24,7 @@ rule warmup:
         gpu=GPUS,
         machine=MACHINE,
     params:
-        resume=RESUME / "warmup_{key}",
+        resume=str(RESUME / "warmup_{key}"),
         files=lambda wildcards, input: path_flags(input),
         flags=lambda wildcards: to_flags(early(WARMUPS[wildcards.key]), *DECISIVE),
     message:

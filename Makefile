@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Snakemake's rules call `cosa-fast`, so the environment comes first on the path.
 ACTIVATED := PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: run test lint bench bench-loader clean help
+.PHONY: run test lint bench bench-loader bench-store clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -40,6 +40,9 @@ bench: $(VENV)/.pipeline ## measure time and memory of the losses on this machin
 
 bench-loader: $(VENV)/.pipeline ## measure the data loaders on this machine
 	@$(ACTIVATED) python -m benchmarks.loader $(ARGS)
+
+bench-store: $(VENV)/.pipeline ## measure the pseudo-label store against PNG and npz files
+	@$(ACTIVATED) python -m benchmarks.store $(ARGS)
 
 clean: ## remove results, generated data and Snakemake's records; downloads and .venv stay
 	rm -rf results data/minivoc* .snakemake

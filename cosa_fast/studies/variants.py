@@ -63,8 +63,16 @@ def variant(config: Config, name: str, seed: int) -> Config:
 
 
 def run_prefix(config: Config, name: str, seed: int) -> Path:
-    """Where a run's files are, without their endings: the main run's if it is the same training."""
-    same = variant(config, name, seed)
-    if all(getattr(same, section) == getattr(config, section) for section in DECISIVE):
+    """Where a run's files are, without their endings; trainings with the same settings are one run.
+
+    It may be the main run's, or that of another variant: a fixed threshold may be the configured one.
+    """
+    wanted = variant(config, name, seed)
+
+    def same(other: Config) -> bool:
+        return all(getattr(other, section) == getattr(wanted, section) for section in DECISIVE)
+
+    if same(config):
         return config.results / "cosa"
-    return config.results / f"studies/runs/{name}/{seed}/cosa"
+    first = next((known for known in VARIANTS if same(variant(config, known, seed))), name)
+    return config.results / f"studies/runs/{first}/{seed}/cosa"

@@ -7,6 +7,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from cosa_fast.config import before_guidance, config_from_mapping, to_flags
+from cosa_fast.studies.needs import STUDIES, needs
 from cosa_fast.studies.variants import (
     DECISIVE,
     VARIANTS,
@@ -60,11 +61,14 @@ RESUME = (
     RESULTS / ".resume"
 )  # not an output: Snakemake deletes the outputs of a failed job
 
+DATASET_TRAIN_SPLIT = "train" if EMBEDDED else DATASET.train_split
 SCORED = bool(DATASET.eval_splits)
 FIRST_SPLIT = "val" if EMBEDDED else next(iter(DATASET.eval_splits), None)
 MIOU = RESULTS / f"{CONFIG.data.dataset}_{FIRST_SPLIT}_miou.txt"
 PER_CLASS = RESULTS / "per_class_iou.csv"
 PANEL = RESULTS / f"{CONFIG.data.dataset}_panel.png"
+GALLERY = RESULTS / "gallery"
+PAGE = RESULTS / f"{CONFIG.data.dataset}_report.html"
 PRODUCTS = [MIOU, PER_CLASS, PANEL] if SCORED else [STORE, SEGMENTER]
 
 # Without a split with masks there is nothing to validate on.

@@ -8,9 +8,22 @@ if SCORED:
             segmenter=SEGMENTER,
             store=STORE,
         output:
-            miou=report(MIOU, "../report/miou.rst"),
-            per_class=report(PER_CLASS, "../report/per_class.rst"),
-            panel=report(PANEL, "../report/panel.rst"),
+            output=report(
+                MIOU, "../report/miou.rst", category="Results", labels={"what": "mIoU"}
+            ),
+            csv=report(
+                PER_CLASS,
+                "../report/per_class.rst",
+                category="Results",
+                labels={"what": "IoU per class"},
+            ),
+            panel=report(
+                PANEL,
+                "../report/panel.rst",
+                category="Results",
+                labels={"what": "Panel"},
+            ),
+            gallery=directory(GALLERY),
         log:
             RESULTS / "logs/evaluate.log",
         benchmark:
@@ -22,11 +35,11 @@ if SCORED:
             gpu=GPUS,
             machine=to_flags(CONFIG, "runtime"),
         params:
+            files=lambda wildcards, input: path_flags(input),
+            outputs=lambda wildcards, output: path_flags(output),
             flags=to_flags(CONFIG, "eval"),
         message:
             "Measuring mIoU"
         shell:
             "cosa-fast evaluate --threads {threads} --log {log}"
-            " --index {input.index} --masks {input.masks} --checkpoint {input.checkpoint}"
-            " --segmenter {input.segmenter} --store {input.store}"
-            " --output {output.miou} --csv {output.per_class} --panel {output.panel} {params.flags} {resources.machine}"
+            " {params.files} {params.outputs} {params.flags} {resources.machine}"

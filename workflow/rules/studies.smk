@@ -1,13 +1,4 @@
-# The trainings that the studies need beside the main one, by (variant, seed).
-RUNS = {
-    (name, seed): variant(CONFIG, name, seed)
-    for name in [*VARIANTS, *map(threshold_variant, CONFIG.studies.thresholds)]
-    for seed in CONFIG.studies.seeds
-}
-# Each is as quick on one core; on a GPU they take turns.
-SIDE_BY_SIDE = CONFIG.runtime.device == "cpu" or shutil.which("nvidia-smi") is None
-
-WARMUPS |= {warmup_key(run): run for run in RUNS.values()}
+# The paper's tables and figures: trainings of variants, tables of the main run, and one small job per study.
 
 
 use rule train as study_train with:
@@ -18,7 +9,7 @@ use rule train as study_train with:
             )
         ),
     output:
-        **run_files(RESULTS / "studies/runs/{variant}/{seed}/cosa"),
+        **run_files(FOLDER / "runs/{variant}/{seed}/cosa"),
     log:
         RESULTS / "logs/studies/{variant}_{seed}.log",
     benchmark:
@@ -38,9 +29,152 @@ use rule train as study_train with:
         "Training the variant {wildcards.variant} with seed {wildcards.seed}"
 
 
-rule studies:
-    input:
-        [
-            run_prefix(CONFIG, name, seed).with_suffix(".safetensors")
-            for name, seed in RUNS
-        ],
+if SCORED:
+
+    # CAM pseudo-labels of the training images too (Table 2).
+    use rule evaluate as study_cpl with:
+        input:
+            index=INDEX,
+            masks=MASKS,
+            checkpoint=CHECKPOINT,
+        output:
+            output=FOLDER / "tables/cpl.txt",
+            csv=TABLES["cpl"],
+        log:
+            RESULTS / "logs/studies/cpl.log",
+        benchmark:
+            RESULTS / "benchmarks/studies/cpl.tsv"
+        params:
+            files=lambda wildcards, input: path_flags(input),
+            outputs=lambda wildcards, output: path_flags(output),
+            flags=f"--splits {DATASET_TRAIN_SPLIT} {FIRST_SPLIT} {to_flags(CONFIG, 'eval')}",
+        message:
+            "Measuring the CAM pseudo-labels of the training images"
+
+    use rule evaluate as study_crf with:
+        input:
+            index=INDEX,
+            masks=MASKS,
+            checkpoint=CHECKPOINT,
+            segmenter=SEGMENTER,
+        output:
+            output=FOLDER / "tables/crf_{preset}.txt",
+            csv=FOLDER / "tables/crf_{preset}.csv",
+        log:
+            RESULTS / "logs/studies/crf_{preset}.log",
+        benchmark:
+            RESULTS / "benchmarks/studies/crf_{preset}.tsv"
+        wildcard_constraints:
+            preset="release|standard",
+        params:
+            files=lambda wildcards, input: path_flags(input),
+            outputs=lambda wildcards, output: path_flags(output),
+            flags=lambda wildcards: to_flags(
+                CONFIG.model_copy(
+                    update={
+                        "eval": CONFIG.eval.model_copy(
+                            update={"crf": wildcards.preset}
+                        )
+                    }
+                ),
+                "eval",
+            ),
+        message:
+            "Measuring mIoU with the {wildcards.preset} CRF"
+
+    # The main run's images as CoSA without contrastive separation sees them (Fig. 7).
+    use rule evaluate as study_gallery with:
+        input:
+            index=INDEX,
+            masks=MASKS,
+            checkpoint=run_prefix(
+                CONFIG, "no_csc", CONFIG.studies.seeds[0]
+            ).with_suffix(".safetensors"),
+        output:
+            output=FOLDER / "galleries/no_csc.txt",
+            csv=FOLDER / "galleries/no_csc.csv",
+            gallery=directory(GALLERIES["no_csc"]),
+        log:
+            RESULTS / "logs/studies/gallery.log",
+        benchmark:
+            RESULTS / "benchmarks/studies/gallery.tsv"
+        params:
+            files=lambda wildcards, input: path_flags(input),
+            outputs=lambda wildcards, output: path_flags(output),
+            flags=f"--splits {FIRST_SPLIT} {to_flags(CONFIG, 'eval')}",
+        message:
+            "Drawing CAMs without contrastive separation"
+
+    rule study_speed:
+        input:
+            index=INDEX,
+            checkpoint=CHECKPOINT,
+            segmenter=SEGMENTER,
+        output:
+            table=SPEED,
+        log:
+            RESULTS / "logs/studies/speed.log",
+        benchmark:
+            RESULTS / "benchmarks/studies/speed.tsv"
+        # When nothing else runs: it measures time.
+        priority: -1
+        conda:
+            "../envs/cosa.yaml"
+        threads: workflow.cores
+        resources:
+            gpu=GPUS,
+        params:
+            flags=to_flags(CONFIG, "eval", "runtime"),
+            threads=CONFIG.threads,
+        message:
+            "Measuring the speed of inference"
+        shell:
+            "cosa-fast speed --threads {params.threads} --log {log}"
+            " --index {input.index} --checkpoint {input.checkpoint} --segmenter {input.segmenter}"
+            " --output {output.table} {params.flags}"
+
+    rule study:
+        input:
+            unpack(lambda wildcards: study_inputs(wildcards.study)),
+            index=INDEX,
+        output:
+            csv=FOLDER / "{study}.csv",
+            figure=report(
+                FOLDER / "{study}.svg",
+                "../report/study.rst",
+                category="Studies",
+                labels={"study": "{study}"},
+            ),
+        log:
+            RESULTS / "logs/studies/{study}.log",
+        wildcard_constraints:
+            study="[a-z_]+",
+        conda:
+            "../envs/cosa.yaml"
+        params:
+            flags=lambda wildcards: study_flags(wildcards.study),
+        message:
+            "Study: {wildcards.study}"
+        shell:
+            "cosa-fast study --name {wildcards.study} --log {log} --index {input.index}"
+            " --csv {output.csv} --figure {output.figure} {params.flags}"
+
+    use rule study as study_pictures with:
+        output:
+            csv=FOLDER / "{study}.csv",
+            figure=report(
+                FOLDER / "{study}.png",
+                "../report/study.rst",
+                category="Studies",
+                labels={"study": "{study}"},
+            ),
+        wildcard_constraints:
+            study="qualitative",
+
+    ruleorder: study_pictures > study
+
+    rule studies:
+        input:
+            study_files(),
+        message:
+            f"Studies: {FOLDER}"

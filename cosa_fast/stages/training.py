@@ -1,118 +1,24 @@
-"""The stages of the pipeline as dataclasses: paths and configuration sections in, one call of the stage's code out.
-
-The fields become the flags of `cosa-fast <command>`, their docstrings its help. Stage code is imported in `run`, so
-that reading this module, and every `--help`, stays clear of torch.
-"""
+"""Stages that train, and the pseudo-labels between the trainings."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
-
-import tyro
+from typing import Any
 
 from cosa_fast.config import (
     AugmentConfig,
-    CocoConfig,
     CosaConfig,
-    DataConfig,
-    EvalConfig,
     LoaderConfig,
-    MiniVocConfig,
     ModelConfig,
     MultistageConfig,
     OptimConfig,
-    Positive,
     PseudoConfig,
     RuntimeConfig,
     TrainConfig,
     ValidationConfig,
-    VocConfig,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage(ABC):
-    """Flags that every stage takes."""
-
-    command: ClassVar[str]
-
-    threads: Positive = 2
-    """CPU threads. More than the idle cores of a shared machine makes it slower, not faster."""
-    config: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction] = ()
-    """YAML file whose values become the defaults of the other flags; given again, later files win."""
-    log: Path | None = None
-    """Also write the log to this file."""
-
-    @abstractmethod
-    def run(self) -> None:
-        """Do the work."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MiniVoc(Stage):
-    """Generate MiniVOC, the embedded synthetic dataset in VOC2012 layout."""
-
-    command = "data minivoc"
-
-    root: Path
-    """Folder to make: JPEGImages/, Annotations/, SegmentationClass/, ImageSets/."""
-    minivoc: MiniVocConfig
-
-    def run(self) -> None:
-        from cosa_fast.data.minivoc import generate
-
-        generate(self.root, **self.minivoc.model_dump(), workers=self.threads, progress=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Index(Stage):
-    """Index a dataset: splits, sizes, image-level labels; every image file is checked."""
-
-    command = "data index"
-
-    output: Path
-    """Index to write (JSON)."""
-    cache: Path
-    """Folder for what is generated or derived once (MiniVOC, COCO's masks)."""
-    data: DataConfig
-    voc: VocConfig
-    coco: CocoConfig
-    minivoc: MiniVocConfig
-
-    def run(self) -> None:
-        from cosa_fast.data.prepare import prepare_index
-
-        prepare_index(
-            self.output,
-            self.cache,
-            data=self.data,
-            voc=self.voc,
-            coco=self.coco,
-            minivoc=self.minivoc,
-            threads=self.threads,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Masks(Stage):
-    """Find and check the masks of the evaluation splits; training never reads them."""
-
-    command = "data masks"
-
-    index: Path
-    """Dataset index from `cosa-fast data index`."""
-    output: Path
-    """List of masks to write (JSON)."""
-    cache: Path
-    """The folder given to `cosa-fast data index`."""
-
-    def run(self) -> None:
-        from cosa_fast.data.masks import prepare_masks
-
-        prepare_masks(self.index, self.output, self.cache, threads=self.threads)
+from cosa_fast.stages.base import Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,49 +152,3 @@ class Multistage(Stage):
             runtime=self.runtime,
             threads=self.threads,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate(Stage):
-    """Measure mIoU of CoSA, CoSA-MS and the pseudo-labels, label-free and label-filtered."""
-
-    command = "evaluate"
-
-    index: Path
-    """Dataset index from `cosa-fast data index`."""
-    masks: Path
-    """List of masks from `cosa-fast data masks`."""
-    checkpoint: Path
-    """Checkpoint from `cosa-fast train`."""
-    segmenter: Path
-    """Checkpoint from `cosa-fast multistage`."""
-    store: Path
-    """Store from `cosa-fast pseudo-labels`."""
-    output: Path
-    """Text to write: what was evaluated, and the mIoU of each network and split."""
-    csv: Path
-    """Table to write: IoU per class."""
-    panel: Path
-    """Figure to write: image, CAM, pseudo-label, prediction and truth side by side."""
-    eval: EvalConfig
-    runtime: RuntimeConfig
-
-    def run(self) -> None:
-        from cosa_fast.evaluate import evaluate
-
-        evaluate(
-            self.index,
-            self.masks,
-            self.checkpoint,
-            self.segmenter,
-            self.store,
-            self.output,
-            self.csv,
-            self.panel,
-            evaluation=self.eval,
-            runtime=self.runtime,
-            threads=self.threads,
-        )
-
-
-STAGES: tuple[type[Stage], ...] = (MiniVoc, Index, Masks, Warmup, Train, PseudoLabels, Export, Multistage, Evaluate)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,7 +23,14 @@ from cosa_fast.metrics import confusion_matrix, mean_iou
 from cosa_fast.models.segmenter import build_segmenter, load_segmenter
 from cosa_fast.runtime import resolve
 from cosa_fast.training import loop
-from cosa_fast.training.multi_stage import SegBatch, SegmenterTrainer, batches, train_segmenter, training_labels
+from cosa_fast.training.multi_stage import (
+    SegBatch,
+    SegmenterTrainer,
+    batches,
+    parameter_groups,
+    train_segmenter,
+    training_labels,
+)
 
 CPU = RuntimeConfig(device="cpu")
 TINY = MultistageConfig(
@@ -181,9 +191,124 @@ def test_loss_and_rate_are_those_of_plain_torch() -> None:
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.05)
 
 
+def test_the_head_learns_faster_and_only_adamw_spares_norms() -> None:
+    swin = MultistageConfig(
+        architecture="UPerNet",
+        encoder="tu-swin_tiny_patch4_window7_224",
+        encoder_weights=None,
+        head_lr_scale=10.0,
+        weight_decay=0.01,
+        optimizer="adamw",
+        iterations=10,
+        lr=0.1,
+        power=1.0,
+    )
+    net = build_segmenter(swin, 3)
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    groups = parameter_groups(net, swin)
+    assert [(group["scale"], group["weight_decay"]) for group in groups] == [(1, 0.01), (1, 0), (10, 0.01), (10, 0)]
+    assert sum(len(group["params"]) for group in groups) == len(names)  # each once: no two groups share one
+    for group in groups:
+        for name in (names[id(parameter)] for parameter in group["params"]):
+            assert name.startswith("net.encoder.") == (group["scale"] == 1)
+            # In the decoder number 1 of convolution, normalisation, activation.
+            norm = any(part in name for part in (".norm", "feature_norms", "conv_norm_relu.1", ".downsample.norm"))
+            norm |= name.startswith("net.decoder.") and name.endswith(".1.weight")
+            assert (norm or name.endswith(("bias", "bias_table"))) == (group["weight_decay"] == 0), name
+    trainer = SegmenterTrainer(net, swin, resolve(CPU))
+    trainer.step(5, SegBatch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, 32, 32, dtype=torch.uint8)))
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == pytest.approx([0.05, 0.05, 0.5, 0.5])
+
+    sgd = swin.model_copy(update={"optimizer": "sgd"})
+    assert [(group["scale"], group["weight_decay"]) for group in parameter_groups(net, sgd)] == [(1, 0.01), (10, 0.01)]
+    assert SegmenterTrainer(net, sgd, resolve(CPU)).optimizer.defaults["momentum"] == 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_reach_the_gpu(root: Path) -> None:
+    batch = next(batches(Index.load(root / "index.json"), PseudoLabels(root / "store.zarr"), TINY, threads=1, start=0))
+    there = batch.to(torch.device("cuda"))
+    assert there.images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(there.images.cpu(), batch.images)
+    assert torch.equal(there.labels.cpu(), batch.labels)
+
+
+def test_one_image_at_a_time_where_that_works(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"multistage.batch_size = 1, but DeepLabV3Plus .* at least 2 images"):
+        train(root, tmp_path / "pooled", TINY.model_copy(update={"batch_size": 1}))
+    assert not (tmp_path / "pooled").exists()
+    alone = TINY.model_copy(update={"batch_size": 1, "architecture": "Unet", "iterations": 2})
+    assert train(root, tmp_path / "unet", alone).exists()
+
+
+def test_a_missing_image_keeps_what_was_computed(tmp_path: Path) -> None:
+    write_true_store(write_dataset(tmp_path, train=6, val=0), tmp_path / "store.zarr")
+    image = tmp_path / "JPEGImages" / "train_5.jpg"
+    index = Index.load(tmp_path / "index.json")
+    first = next(batches(index, PseudoLabels(tmp_path / "store.zarr"), TINY, threads=1, start=0))
+    image.unlink()
+    with pytest.raises(ValueError, match=r"train_5\.jpg"):
+        train(tmp_path, tmp_path / "run", TINY.model_copy(update={"batch_size": 2, "checkpoint_every": 1}))
+    assert first.images.shape == (3, 3, 48, 48)
+    assert not (tmp_path / "run" / "segmenter.safetensors").exists()
+
+
+def other_dataset(root: Path) -> None:
+    write_true_store(write_dataset(root / "other", train=5, val=0), root / "other.zarr")
+    shutil.rmtree(root / "store.zarr")
+    (root / "other.zarr").rename(root / "store.zarr")
+
+
+def another_class(root: Path) -> None:
+    index = Index.load(root / "index.json")
+    replace(index, classes=(*index.classes, "dog")).save(root / "index.json")
+
+
+def half_written(root: Path) -> None:
+    (root / "store.zarr").rename(root / ".store.zarr.partial")
+
+
+def lost_shard(root: Path) -> None:
+    sorted(path for path in (root / "store.zarr" / "labels" / "c").rglob("*") if path.is_file())[-1].unlink()
+
+
+def truncated_shard(root: Path) -> None:
+    shard = next(path for path in sorted((root / "store.zarr" / "labels" / "c").rglob("*")) if path.is_file())
+    shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+
+
+def other_schema(root: Path) -> None:
+    header = root / "store.zarr" / "zarr.json"
+    content = json.loads(header.read_text())
+    content["attributes"]["schema"] = 99
+    header.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (other_dataset, r"store\.zarr holds 5 images of Rectangles train, not the 6 of Rectangles train"),
+        (another_class, r"store\.zarr has the classes bird, cat, cow, the index bird, cat, cow, dog"),
+        (half_written, r"there is no pseudo-label store .*store\.zarr: make it again with `cosa-fast pseudo-labels`"),
+        (lost_shard, r"store\.zarr.*labels.*make it again with `cosa-fast pseudo-labels`"),
+        (truncated_shard, r"store\.zarr.*labels.*make it again with `cosa-fast pseudo-labels`"),
+        (other_schema, r"store\.zarr is not a pseudo-label store of schema \d: make it again"),
+    ],
+)
+def test_refuses_another_or_a_damaged_store_at_once(
+    damage: Callable[[Path], None], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_true_store(write_dataset(tmp_path, train=6, val=0), tmp_path / "store.zarr")
+    damage(tmp_path)
+    monkeypatch.setattr(loop, "run", lambda **settings: pytest.fail("it began to train"))
+    with pytest.raises(ValueError, match=message) as error:
+        train(tmp_path, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_refuses_what_cannot_work(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"multistage.batch_size = 1.*at least 2"):
-        train(root, tmp_path, TINY.model_copy(update={"batch_size": 1}))
     index = Index.load(root / "index.json")
     other = tmp_path / "index.json"
     replace(index, classes=("a", "b", "c")).save(other)

@@ -9,9 +9,10 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from cosa_fast.config import MultistageConfig
+from cosa_fast.config import MultistageConfig, load_config
 from cosa_fast.models.segmenter import build_segmenter, normalisation
 
+PRESETS = Path(__file__).resolve().parents[1] / "config"
 SMALL = MultistageConfig(encoder="tu-resnet10t", encoder_weights=None)
 
 
@@ -45,6 +46,48 @@ def test_deeplab_is_the_authors() -> None:
         assert net.net.encoder(torch.zeros(1, 3, 64, 64))[-1].shape[-2:] == (4, 4)
 
 
+def test_swin_is_its_authors() -> None:
+    """UPerNet of width 512, stochastic depth up to 0.3, and shifted windows in the last stage as in every other."""
+    config = MultistageConfig(architecture="UPerNet", encoder="tu-swin_tiny_patch4_window7_224", encoder_weights=None)
+    net = build_segmenter(config, 21).net
+    assert net.segmentation_head[0].in_channels == 512
+    stages = [net.encoder.model[f"layers_{at}"].blocks for at in range(4)]
+    assert [[block.shift_size for block in stage[:2]] for stage in stages] == 4 * [[(0, 0), (3, 3)]]
+    assert stages[3][1].drop_path1.drop_prob == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "stride", "millions"),
+    [
+        ("ms_resnet101", 16, 45.694085),
+        ("ms_wide_resnet38", 8, 124.042581),
+        ("ms_swin_base", 32, 119.994829),  # Liu et al.: 121 M with the auxiliary head
+        ("ms_swin_large", 32, 231.885225),  # 234 M
+    ],
+)
+def test_the_papers_networks(overlay: str, stride: int, millions: float) -> None:
+    """Every overlay gives a network of the right size that takes its training crops and whole photographs."""
+    config = load_config(PRESETS / "voc.yaml", PRESETS / f"{overlay}.yaml").multistage
+    with torch.device("meta"):
+        net = build_segmenter(config, 21, initialise=False)
+    assert net.stride == stride
+    assert sum(parameter.numel() for parameter in net.parameters()) / 1e6 == pytest.approx(millions, abs=1e-6)
+    assert normalisation(config) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    for size in [(config.crop, config.crop), (375, 500), (333, 281)]:
+        assert net(torch.empty(2, 3, *size, device="meta")).shape == (2, 21, *size)
+
+
+@pytest.mark.parametrize("dataset", ["voc", "coco", "config"])
+def test_overlays_change_nothing_but_the_network(dataset: str) -> None:
+    plain = load_config(PRESETS / f"{dataset}.yaml")
+    overlays = sorted(PRESETS.glob("ms_*.yaml"))
+    assert len(overlays) == 4
+    for path in overlays:
+        assert path.name in path.read_text().split("\n\n")[0]  # its own usage line
+        changed = load_config(PRESETS / f"{dataset}.yaml", path)
+        assert changed.model_copy(update={"multistage": plain.multistage}) == plain
+
+
 def test_padding_does_not_move_the_image() -> None:
     """A translation-free check: what the padded network says of the image's own pixels is cropped from the corner."""
     net = build_segmenter(SMALL, 3).eval()
@@ -55,17 +98,27 @@ def test_padding_does_not_move_the_image() -> None:
         torch.testing.assert_close(net(image), net.net(padded)[..., :41, :57])
 
 
-@pytest.mark.parametrize("encoder", ["tu-resnet10t", "tu-convnext_atto", "resnet18"])
-def test_local_weights_of_the_classification_model(encoder: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "encoder"),
+    [
+        ("DeepLabV3Plus", "tu-resnet10t"),
+        ("DeepLabV3Plus", "tu-resnet101d"),
+        ("DeepLabV3Plus", "tu-convnext_atto"),
+        ("DeepLabV3Plus", "resnet18"),
+        ("UPerNet", "tu-swin_tiny_patch4_window7_224"),
+    ],
+)
+def test_local_weights_of_the_classification_model(architecture: str, encoder: str, tmp_path: Path) -> None:
     donor = timm.create_model(encoder.removeprefix("tu-"), num_classes=7)
     path = tmp_path / "encoder.safetensors"
     save_file(donor.state_dict(), str(path))
-    config = MultistageConfig(encoder=encoder, weights=path)
+    config = MultistageConfig(architecture=architecture, encoder=encoder, weights=path)
     loaded = build_segmenter(config, 4).net.encoder.state_dict()
     plain = {name.replace(".", "_"): tensor for name, tensor in donor.state_dict().items()}
     assert len(loaded) > 20
     for name, tensor in loaded.items():
         torch.testing.assert_close(tensor, plain[name.removeprefix("model.").replace(".", "_")])
+    path.unlink()
 
 
 def test_weights_that_do_not_fit(tmp_path: Path) -> None:
@@ -93,7 +146,8 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
             {"architecture": "deeplabv3plus"},
             r"architecture = 'deeplabv3plus' does not exist; close names: DeepLabV3Plus",
         ),
-        ({"architecture": "xyz"}, r"does not exist; for example: DPT, DeepLabV3, DeepLabV3Plus"),
+        ({"architecture": "xyz"}, r"does not exist; for example: DPT, DeepLabV3, DeepLabV3Plus, FPN, LargeFOV"),
+        ({"architecture": "largefov"}, r"does not exist; close names: LargeFOV"),
         (
             {"encoder": "tu-resnet101dd"},
             r"multistage.encoder = 'tu-resnet101dd' does not exist; close.*tu-resnet101d",

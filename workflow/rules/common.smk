@@ -29,6 +29,13 @@ try:
 except ValueError as error:
     raise WorkflowError(str(error)) from None
 
+for key, weights in [
+    ("model.weights", CONFIG.model.weights),
+    ("multistage.weights", CONFIG.multistage.weights),
+]:
+    if weights is not None and not weights.is_file():
+        raise WorkflowError(f"{SOURCE}: {key} = {weights}: there is no such file")
+
 # Snakemake started by its path, without its environment activated.
 if shutil.which("cosa-fast") is None:
     os.environ.update(

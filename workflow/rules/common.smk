@@ -126,7 +126,21 @@ def warmup_key(run) -> str:
 
 
 # The settings of every training that may be asked for, by the name of the warm-up it begins with.
-WARMUPS = {warmup_key(CONFIG): CONFIG}
+MAIN_WARMUP = warmup_key(CONFIG)
+WARMUPS = {MAIN_WARMUP: CONFIG}
+
+# The trainings of the studies run side by side, each on one core; on a GPU they take turns.
+SIDE_BY_SIDE = CONFIG.runtime.device == "cpu" or shutil.which("nvidia-smi") is None
+
+
+def threads_of(main: bool) -> int:
+    """Threads of a training."""
+    return CONFIG.threads if main or not SIDE_BY_SIDE else 1
+
+
+def stage_of(main: bool) -> int:
+    """1 for a training that nothing else may run beside."""
+    return 1 if main or not SIDE_BY_SIDE else 0
 
 
 def path_flags(files) -> str:

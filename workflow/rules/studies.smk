@@ -14,11 +14,11 @@ use rule train as study_train with:
         RESULTS / "logs/studies/{variant}_{seed}.log",
     benchmark:
         RESULTS / "benchmarks/studies/{variant}_{seed}.tsv"
-    threads: 1 if SIDE_BY_SIDE else CONFIG.threads
+    threads: threads_of(main=False)
     resources:
         gpu=GPUS,
         machine=MACHINE,
-        stage=0 if SIDE_BY_SIDE else 1,
+        stage=stage_of(main=False),
     params:
         resume=str(RESUME / "studies/{variant}_{seed}"),
         files=lambda wildcards, input: path_flags(input),

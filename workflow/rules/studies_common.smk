@@ -8,9 +8,6 @@ RUNS = {
     for name in [*VARIANTS, *map(threshold_variant, CONFIG.studies.thresholds)]
     for seed in CONFIG.studies.seeds
 }
-# Each is as quick on one core; on a GPU they take turns.
-SIDE_BY_SIDE = CONFIG.runtime.device == "cpu" or shutil.which("nvidia-smi") is None
-
 WARMUPS |= {warmup_key(run): run for run in RUNS.values()}
 
 

@@ -19,10 +19,11 @@ rule warmup:
         key="[0-9a-f]{10}",
     conda:
         "../envs/cosa.yaml"
-    threads: CONFIG.threads
+    threads: lambda wildcards: threads_of(wildcards.key == MAIN_WARMUP)
     resources:
         gpu=GPUS,
         machine=MACHINE,
+        stage=lambda wildcards: stage_of(wildcards.key == MAIN_WARMUP),
     params:
         resume=str(RESUME / "warmup_{key}"),
         files=lambda wildcards, input: path_flags(input),

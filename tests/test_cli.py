@@ -70,7 +70,8 @@ def test_help_explains_every_flag(command: str, capsys: pytest.CaptureFixture[st
         section = getattr(Config(), name, None)
         if not isinstance(section, BaseModel):
             # A path's flag is followed by its docstring, not by "(required)" at once.
-            assert re.search(rf"--{name.replace('_', '-')} \S+ [A-Z]", text), name
+            flag = name.rstrip("_").replace("_", "-")
+            assert re.search(rf"--{flag} (\S+|\[\S+ \[\S+ \.\.\.\]\]) [A-Z]", text), name
             continue
         for key, field in type(section).model_fields.items():
             assert f"--{name}.{key.replace('_', '-')} " in text
@@ -128,7 +129,7 @@ def test_flags_override_files_and_later_files_earlier_ones(stage_code: ModuleTyp
     train = call["train"]
     assert (train.iterations, train.batch_size, train.seed) == (9, 5, 3)
     assert (call["cosa"].swap, call["threads"]) == (False, 7)
-    assert call["paths"] == (Path("i.json"), Path("o.safetensors"), Path("r"), None)
+    assert call["paths"] == (Path("i.json"), Path("o.safetensors"), Path("r"), None, None, None)
 
 
 def test_a_stage_tells_its_time_and_memory(

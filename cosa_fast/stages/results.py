@@ -107,19 +107,19 @@ class Study(Stage):
     command = "study"
 
     name: str
-    """Which: systems, cpl, ladder ... (`cosa_fast/studies/needs.py` lists them and what each reads)."""
+    """One of systems, cpl, ladder ...: `cosa_fast/studies/needs.py` lists them and what each reads."""
     index: Path
     """Dataset index from `cosa-fast data index`."""
     run_: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(name="run")] = ()
-    """variant:seed:prefix of a run's files, as in cosa:0:results/cosa; once per run."""
+    """A run's files as variant:seed:prefix, as in cosa:0:results/cosa; once per run."""
     table: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """name:path of a table of IoU per class, as in main:results/per_class_iou.csv."""
+    """A table of IoU per class as name:path, as in main:results/per_class_iou.csv."""
     checkpoint: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """name:path of a checkpoint, as in segmenter:results/segmenter.safetensors."""
+    """A checkpoint as name:path, as in segmenter:results/segmenter.safetensors."""
     speed: Path | None = None
     """Table from `cosa-fast speed`."""
     gallery: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """name:path of a gallery from `cosa-fast evaluate`, as in main:results/gallery."""
+    """A gallery from `cosa-fast evaluate` as name:path, as in main:results/gallery."""
     csv: Path
     """Table to write."""
     figure: Path
@@ -177,7 +177,7 @@ class Submission(Stage):
     output: Path
     """Archive to write (.tgz), or with --check-only to check."""
     competition: Literal["comp5", "comp6"] = "comp6"
-    """comp6: trained with data beyond VOC's own (ImageNet weights count); comp5: without."""
+    """The server's competition: comp6 allows data beyond VOC's own (ImageNet weights count as such), comp5 does not."""
     check_only: bool = False
     """Check an archive that exists; nothing is predicted."""
     eval: EvalConfig

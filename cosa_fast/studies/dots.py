@@ -23,7 +23,6 @@ class Panel:
     title: str
     series: Mapping[str, Sequence[Summary | None]]
     """Series name to one summary per row; None where there is none."""
-    decimals: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +115,12 @@ def _draw_panel(
         offset = (number - (len(panel.series) - 1) / 2) * dodge
         for row, summary in enumerate(summaries):
             if summary is not None:
-                _draw_summary(axes, row + offset, summary, colours[name], panel.decimals)
+                _draw_summary(axes, row + offset, summary, colours[name])
     axes.set_xlim(limits)
     axes.xaxis.set_major_locator(MaxNLocator(4))
 
 
-def _draw_summary(axes: Axes, y: float, summary: Summary, colour: str, decimals: int) -> None:
+def _draw_summary(axes: Axes, y: float, summary: Summary, colour: str) -> None:
     right = max(summary.values)
     if summary.half is not None:
         right = max(right, summary.mean + summary.half)
@@ -136,7 +135,7 @@ def _draw_summary(axes: Axes, y: float, summary: Summary, colour: str, decimals:
         axes.plot(summary.values, [y] * len(summary.values), "|", markersize=9, color=colour, mew=1.1)
     axes.plot(summary.mean, y, "o", markersize=6, color=colour, mec="white", mew=0.8)
     axes.annotate(
-        f"{summary.mean:.{decimals}f}",
+        f"{summary.mean:.1f}",
         (right, y),
         xytext=(6, 0),
         textcoords="offset points",
@@ -151,8 +150,8 @@ def draw_columns(axes: Axes, columns: Mapping[str, Sequence[str]]) -> None:
     """Columns of text, right-aligned under their headers, one line per row of the y axis."""
     axes.set_xlim(0, len(columns))
     axes.set_xticks([position + 0.95 for position in range(len(columns))], list(columns), fontsize=8.5, ha="right")
-    axes.tick_params(bottom=False, top=False, labelbottom=False, labeltop=True, pad=1, labelcolor=MUTED)
-    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(bottom=False, top=False, left=False, labelbottom=False, labeltop=True, pad=1, labelcolor=MUTED)
+    axes.spines[["left", "bottom"]].set_visible(False)
     for position, texts in enumerate(columns.values()):
         for row, text in enumerate(texts):
             axes.text(position + 0.95, row, text, ha="right", va="center", fontsize=8.5, color=MUTED)

@@ -70,11 +70,11 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
     figure = new_figure(
         "Speed with and without CRF (Table 4c)",
         f"{inputs.dataset}, {split}, on {'; '.join(machines)}, {' and '.join(dates)}. Dots: median; bars: range of "
-        "repeated measurements. mIoU label-filtered, where it was measured with these scales. The paper's images per second "
-        "are of CoSA-MS R101 on an RTX 3090, its mIoU is on VOC val.",
+        "repeated measurements. Columns: without / with CRF. mIoU label-filtered, where it was measured with these "
+        "scales; the paper's is on VOC val, its images per second are of CoSA-MS R101 on an RTX 3090.",
         0.9 + 0.42 * len(names),
     )
-    axes = figure.subplots(1, 2, width_ratios=(2.2, 2.6), sharey=True)
+    axes = figure.subplots(1, 2, width_ratios=(2.6, 2.2), sharey=True)
     _draw(axes[0], speeds, names)
     draw_columns(axes[1], _columns(speeds, names))
     return [_row(inputs, split, speed) for speed in speeds], figure
@@ -162,11 +162,16 @@ def _draw(axes: Axes, speeds: Sequence[Speed], names: Sequence[str]) -> None:
 
 
 def _columns(speeds: Sequence[Speed], names: Sequence[str]) -> dict[str, list[str]]:
-    """mIoU and the paper's numbers of each name, without and with CRF; of several CRFs the last one's."""
-    columns: dict[str, list[str]] = {}
-    for crf, words in ((False, "without"), (True, "with CRF")):
-        found = [next((s for s in reversed(speeds) if s.name == name and s.crf is crf), None) for name in names]
-        columns[f"mIoU\n{words}"] = [percent(speed.filtered) if speed else "" for speed in found]
-        columns[f"paper's\n{words}"] = [fixed(speed.published[1], 1) if speed else "" for speed in found]
-        columns[f"paper's\n/s {words}"] = [fixed(speed.published[0], 2) if speed else "" for speed in found]
+    """mIoU and the paper's numbers of each name, without / with CRF; of several CRFs the last one's."""
+    columns: dict[str, list[str]] = {"mIoU [%]": [], "paper's\nmIoU [%]": [], "paper's\nimages/s": []}
+    for name in names:
+        pair = [next((s for s in reversed(speeds) if s.name == name and s.crf is crf), None) for crf in (False, True)]
+        evaluated = [speed if speed and speed.filtered is not None else None for speed in pair]
+        cells = (
+            [percent(speed.filtered) if speed else "" for speed in evaluated],
+            [fixed(speed.published[1], 1) if speed else "" for speed in evaluated],
+            [fixed(speed.published[0], 2) if speed else "" for speed in evaluated],
+        )
+        for column, texts in zip(columns.values(), cells, strict=True):
+            column.append(" / ".join(texts) if any(texts) else "")
     return columns

@@ -16,14 +16,14 @@ from matplotlib.figure import Figure
 from cosa_fast.files import write_atomically
 
 INK, MUTED, GRID = "#1a1a1a", "#5f6368", "#e3e3e3"
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = "#0072b2", "#d98000", "#009e73", "#d55e00", "#a0568c", "#56b4e9"
-"""Okabe and Ito's colours, told apart with any colour vision; two darkened for text on white."""
+BLUE, ORANGE, GREEN, SKY = "#0072b2", "#d98000", "#009e73", "#56b4e9"
+"""Okabe and Ito's colours, told apart with any colour vision; the orange darkened for text on white."""
 WIDTH = 8.0
 """Inches; 768 CSS pixels."""
 CHARACTERS = 118
 """Longest line of a subtitle."""
 
-_SETTINGS: Any = {
+_SETTINGS: Any = {  # Any: matplotlib wants literal keys
     "svg.fonttype": "none",
     "svg.hashsalt": "cosa-fast",
     "font.size": 9.5,

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import islice
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
-from cosa_kernels import merge_cams
+from cosa_kernels import cam_pseudo_labels, merge_cams
 from torch import Tensor
 
 from cosa_fast.data.index import Image, Index
@@ -25,20 +26,122 @@ from cosa_fast.runtime import Runtime
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Bands = Iterable[tuple[slice, Tensor]]
+"""The (K, H, W) scores of an image from top to bottom: some rows, and the (K, h, W) scores in them."""
+
+BAND_BYTES = {"cpu": 2**21, "cuda": 2**28}
+"""Size of a band: on a CPU what its cache holds, on a GPU mostly the whole image."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What CoSA's network says of a batch of square images; larger maps are made when they are asked for."""
+
+    views: MultiScale
+    """float32, at the resolution of the tokens."""
+    class_labels: Tensor
+    """(B, C), 1 for classes in the image-level labels."""
+    side: tuple[int, int]
+    """Height and width of the square images, S and S."""
+
+    @cached_property
+    def cams(self) -> Tensor:
+        """(B, C, S, S) float32 merged CAMs in [0, 1]; zero for classes that are not in the image-level labels."""
+        views = self.views
+        return merge_cams(views.cams, views.mirrored_cams, class_labels=self.class_labels, size=self.side)
+
+    @cached_property
+    def aux_cams(self) -> Tensor:
+        """(B, C, S, S) the same of the auxiliary CAMs."""
+        views = self.views
+        return merge_cams(views.aux_cams, views.mirrored_aux_cams, class_labels=self.class_labels, size=self.side)
+
+    @cached_property
+    def seg(self) -> Tensor:
+        """(B, C + 1, S, S) float32 segmentation logits added over scales and mirror images; channel 0 is background."""
+        return self.views.summed_seg(self.side)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """(B, C) class logits, the mean of the views'."""
+        return torch.stack(self.views.logits).mean(dim=0)
+
+    def cams_of(self, slot: int, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """`cams` and `aux_cams` of one image and some of its classes, without the memory that all classes take.
+
+        Args:
+            slot: the image's place in the batch.
+            kept: (P + 1,) uint8: 0 and the mask values of the classes, see `mask_values`.
+
+        Returns:
+            Main and auxiliary (P, S, S) float32; one map that is 0 for P = 0.
+        """
+        if len(kept) == 1:
+            nothing = torch.zeros(1, *self.side, device=kept.device)
+            return nothing, nothing
+        classes = kept[1:].int() - 1
+        labels = self.class_labels[slot].index_select(0, classes)[None]
+
+        def merged(views: Sequence[Tensor], mirrored: Sequence[Tensor]) -> Tensor:
+            chosen, others = ([view[slot].index_select(0, classes)[None] for view in of] for of in (views, mirrored))
+            return merge_cams(chosen, others, class_labels=labels, size=self.side)[0]
+
+        views = self.views
+        return merged(views.cams, views.mirrored_cams), merged(views.aux_cams, views.mirrored_aux_cams)
+
+    def seg_bands(self, slot: int, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
+        """Bands of `resize(seg[slot], size)`, up to rounding, never more than one of them in memory."""
+        scales = len(self.views.cams)
+        # The mirror images' logits are added before they are resized: both are linear.
+        views = [torch.stack([view[slot] for view in self.views.seg[k::scales]]).sum(dim=0) for k in range(scales)]
+        channels, device = len(views[0]), views[0].device
+        height = max(1, BAND_BYTES[device.type] // (4 * channels * size[1]))
+        plan = _resizing(tuple((v.shape[1], v.shape[2]) for v in views), self.side, size, height, device)
+        wide = torch.cat([view @ columns for view, columns in zip(views, plan.columns, strict=True)], dim=1)
+        wide = wide.index_select(1, plan.order)
+        for rows, sources in plan.bands:
+            weights = plan.rows[rows, sources]
+            yield rows, torch.bmm(weights.expand(channels, *weights.shape), wide[:, sources])
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
-    """What CoSA's network says of a batch of square images of side S."""
+class _Resizing:
+    """Up-sampling views to S x S, adding them and resizing the sum, as one matrix product per axis."""
 
-    cams: Tensor
-    """(B, C, S, S) float32 merged CAMs in [0, 1]; zero for classes that are not in the image-level labels."""
-    aux_cams: Tensor
-    """(B, C, S, S) the same of the auxiliary CAMs."""
-    seg: Tensor
-    """(B, C + 1, S, S) float32 segmentation logits added over scales and mirror images; channel 0 is background."""
-    logits: Tensor
-    """(B, C) class logits, the mean of the views'."""
+    columns: list[Tensor]
+    """Per view, (w_k, W)."""
+    order: Tensor
+    """The rows of all views, one after the other, sorted from the image's top to its bottom."""
+    rows: Tensor
+    """(H, sum of h_k), the sources in that order."""
+    bands: list[tuple[slice, slice]]
+    """Rows of the result, and the sources that they come from."""
+
+
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)
+def _resizing(
+    views: tuple[tuple[int, int], ...], side: tuple[int, int], size: tuple[int, int], band: int, device: torch.device
+) -> _Resizing:
+    """The matrices for views of these (h_k, w_k). Remembered, because a dataset's images have few different sizes."""
+
+    def matrix(axis: int, low: int) -> Tensor:
+        """(low, size) float64: what becomes of each position when it alone is 1."""
+        response = torch.eye(low, dtype=torch.float64)[None]
+        for length in (side[axis], size[axis]):
+            response = F.interpolate(response, size=length, mode="linear", align_corners=False)
+        return response[0]
+
+    places = torch.cat([(torch.arange(low, dtype=torch.float64) + 0.5) / low for low, _ in views])
+    order = places.argsort(stable=True)
+    rows = torch.cat([matrix(0, low) for low, _ in views])[order].T.float().contiguous()
+    bands = []
+    for start in range(0, size[0], band):
+        part = slice(start, min(start + band, size[0]))
+        used = rows[part].any(dim=0).nonzero().flatten()
+        bands.append((part, slice(int(used[0]), int(used[-1]) + 1)))
+    columns = [to_device(matrix(1, low).float(), device) for _, low in views]
+    return _Resizing(columns, to_device(order, device), to_device(rows, device), bands)
 
 
 @torch.inference_mode()
@@ -49,33 +152,37 @@ def predict(
 
     The labels only mask and normalise the CAMs; the segmentation logits know nothing of them.
     """
-    size = (images.shape[-2], images.shape[-1])
     with runtime.autocast():
         views = multi_scale(net, images, scales, flip)
     views = MultiScale(*(tuple(view.float() for view in getattr(views, name)) for name in MultiScale.__slots__))
-    return Prediction(
-        cams=merge_cams(views.cams, views.mirrored_cams, class_labels=class_labels, size=size),
-        aux_cams=merge_cams(views.aux_cams, views.mirrored_aux_cams, class_labels=class_labels, size=size),
-        seg=views.summed_seg(size),
-        logits=torch.stack(views.logits).mean(dim=0),
-    )
+    return Prediction(views, class_labels, (images.shape[-2], images.shape[-1]))
 
 
 @torch.inference_mode()
 def predict_segmenter(net: Segmenter, images: Tensor, scales: Sequence[float], flip: bool, runtime: Runtime) -> Tensor:
     """(B, K, H, W) float32 class probabilities of CoSA-MS, added over scales and mirror images, at the images' size."""
-    size = images.shape[-2:]
-    total = torch.zeros((), device=images.device)
+    size = (images.shape[-2], images.shape[-1])
+    total: Tensor | None = None
     for scale in scales:
         scaled = images
         if scale != 1.0:
             scaled_size = [max(1, round(side * scale)) for side in size]
             scaled = F.interpolate(images, size=scaled_size, mode="bilinear", align_corners=False)
         with runtime.autocast():
-            logits = net(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled).float()
-        for view in [logits[: len(images)], logits[len(images) :].flip(-1)] if flip else [logits]:
-            total = total + F.interpolate(view, size=size, mode="bilinear", align_corners=False).softmax(dim=1)
+            logits = net(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled)
+        if total is None:
+            total = torch.zeros((len(images), logits.shape[1], *size), device=images.device)
+        _add_probabilities(total, logits)
+        del logits
+    assert total is not None, "no scales"
     return total
+
+
+def _add_probabilities(total: Tensor, logits: Tensor) -> None:
+    """Add one scale's views, mirrored ones last, image by image: each needs several times the memory of its result."""
+    for position, view in enumerate(logits):
+        straight = view.float() if position < len(total) else view.float().flip(-1)
+        total[position % len(total)] += resize(straight, (total.shape[-2], total.shape[-1])).softmax(dim=0)
 
 
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -103,6 +210,36 @@ def label_map(scores: Tensor, present: Tensor | None = None) -> Tensor:
     return scores.max(dim=0).indices.to(torch.uint8)
 
 
+def mask_values(image: Image, device: torch.device) -> Tensor:
+    """(P + 1,) uint8 on `device`: 0 for the background, and c + 1 for each class in the image-level labels."""
+    return to_device(torch.tensor([0, *(label + 1 for label in image.labels)], dtype=torch.uint8), device)
+
+
+def cam_label_map(cams: Tensor, threshold: float, size: tuple[int, int], kept: Tensor) -> Tensor:
+    """(H, W) uint8 CAM pseudo-label (Eq. 3) of an image from the (P, S, S) CAMs of the classes in `kept`."""
+    labels, _ = cam_pseudo_labels(cams[None], threshold, size=size)
+    return kept[labels[0].int()]
+
+
+def label_maps(bands: Bands, size: tuple[int, int], kept: Tensor) -> tuple[Tensor, Tensor]:
+    """`label_map` of an image without and with its labels, from scores that need not be in memory at once.
+
+    Args:
+        bands: the (K, H, W) scores.
+        size: (H, W).
+        kept: (P + 1,) uint8 channels that may be chosen with labels, see `mask_values`.
+
+    Returns:
+        Two (H, W) uint8: the best of all channels, and of those in `kept`.
+    """
+    free, filtered = (torch.empty(size, dtype=torch.uint8, device=kept.device) for _ in range(2))
+    channels = kept.int()
+    for rows, scores in bands:
+        free[rows] = scores.max(dim=0).indices
+        filtered[rows] = kept[scores.index_select(0, channels).max(dim=0).indices]
+    return free, filtered
+
+
 def read_rgb(dataset: Index, image: Image) -> PIL.Image.Image:
     """Decode an image of an index to RGB.
 
@@ -124,8 +261,15 @@ def square(image: PIL.Image.Image, size: int) -> Tensor:
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:
     """(B, 3, H, W) uint8 to float32 on `device` with the given channel means and deviations (in [0, 1])."""
-    centre, spread = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
-    return (images.to(device, non_blocking=True).float() / 255 - centre) / spread
+    values = to_device(images, device).float().div_(255)
+    for channel, centre, spread in zip(values.unbind(dim=1), mean, std, strict=True):
+        channel.sub_(centre).div_(spread)  # numbers of Python's: a tensor of them would be copied to the device too
+    return values
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A copy on a GPU that the host does not wait for; `values` itself on the CPU."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
 
 
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cosa_fast.data.classes import IGNORED
-
 
 def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
-    """Count the pixels of each (true class, predicted class) pair.
+    """Count the pixels of each (true class, predicted class) pair; the host does not wait for the device.
 
     Args:
         truth: integers of any shape, 0 to `classes` - 1, or 255 where nothing is known: those pixels don't count.
+            Nor does any other value from `classes` on; who reads the masks has to find those.
         prediction: integers of the same shape; 255 is an undecided pixel, which counts as a miss.
         classes: K, background included.
 
@@ -24,10 +23,15 @@ def confusion_matrix(truth: Tensor, prediction: Tensor, classes: int) -> Tensor:
     """
     if truth.shape != prediction.shape:
         raise ValueError(f"the truth is {tuple(truth.shape)} but the prediction {tuple(prediction.shape)} pixels")
-    known = truth != IGNORED
-    row = truth[known].long()
-    column = prediction[known].long().clamp(max=classes)
-    return torch.bincount(row * (classes + 1) + column, minlength=classes * (classes + 1)).view(classes, classes + 1)
+    side = classes + 1  # unknown and undecided pixels get a row and a column, because leaving them out means waiting
+    row, column = (values.flatten().clamp(max=classes).int() for values in (truth, prediction))
+    cells = row.mul_(side).add_(column)
+    if cells.device.type == "cpu":
+        counts = torch.bincount(cells, minlength=side * side)
+    else:  # where bincount asks the device for the largest value
+        counts = torch.zeros(side * side, dtype=torch.int64, device=cells.device)
+        counts.scatter_add_(0, cells.long(), torch.ones_like(cells, dtype=torch.int64))
+    return counts.view(side, side)[:classes]
 
 
 def iou_per_class(confusion: Tensor) -> Tensor:

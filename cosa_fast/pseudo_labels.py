@@ -7,11 +7,11 @@ import platform
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from cosa_kernels import cam_pseudo_labels
 from PIL import Image as PilImage
 from torch import Tensor
 from tqdm import tqdm
@@ -22,7 +22,20 @@ from cosa_fast.data.classes import voc_palette
 from cosa_fast.data.index import Image, Index
 from cosa_fast.data.store import Pixels, PseudoLabel, PseudoLabels, StoreInfo, write_store
 from cosa_fast.files import describe_os_error, require_space
-from cosa_fast.inference import chunks, label_map, normalise, predict, prefetch, read_rgb, resize, square
+from cosa_fast.inference import (
+    Prediction,
+    cam_label_map,
+    chunks,
+    label_maps,
+    mask_values,
+    normalise,
+    predict,
+    prefetch,
+    read_rgb,
+    resize,
+    square,
+    to_device,
+)
 from cosa_fast.models.checkpoint import CosaCheckpoint, load_cosa
 from cosa_fast.runtime import Runtime, resolve
 
@@ -103,31 +116,27 @@ def _rows(
         return square(read_rgb(dataset, image), pseudo.size)
 
     images = dataset.train
-    labels = torch.from_numpy(dataset.multi_hot(images)).to(machine.device)
     squares = prefetch(load, images, threads, ahead=2 * pseudo.batch_size)
     progress = tqdm(total=len(images), desc="pseudo-labels", unit="image", disable=None)
-    position = 0
-    for batch in chunks(squares, pseudo.batch_size):
-        pixels = normalise(torch.stack(batch), network.mean, network.std, machine.device)
-        present = labels[position : position + len(batch)]
-        prediction = predict(network.net, pixels, present, pseudo.scales, pseudo.flip, machine)
-        for cams, seg, row in zip(prediction.cams, prediction.seg, present, strict=True):
-            image = images[position]
-            yield _row(cams, seg, row, (image.height, image.width), network.threshold)
-            position += 1
-        progress.update(len(batch))
+    for group in chunks(images, pseudo.batch_size):
+        pixels = torch.stack(list(islice(squares, len(group))))
+        normalised = normalise(pixels, network.mean, network.std, machine.device)
+        present = to_device(torch.from_numpy(dataset.multi_hot(tuple(group))), machine.device)
+        prediction = predict(network.net, normalised, present, pseudo.scales, pseudo.flip, machine)
+        for slot, image in enumerate(group):
+            yield _row(prediction, slot, image, network.threshold)
+        progress.update(len(group))
     progress.close()
 
 
-def _row(cams: Tensor, seg: Tensor, present: Tensor, size: tuple[int, int], threshold: float) -> PseudoLabel:
-    maps = resize(cams, size)
-    labels, _ = cam_pseudo_labels(maps[None], threshold)
-    confidence = (maps.amax(dim=0) * 255).round()
-    return PseudoLabel(
-        labels=labels[0].cpu().numpy(),
-        confidence=confidence.to(torch.uint8).cpu().numpy(),
-        segmentation=label_map(resize(seg, size), present).cpu().numpy(),
-    )
+@torch.inference_mode()
+def _row(prediction: Prediction, slot: int, image: Image, threshold: float) -> PseudoLabel:
+    size, kept = (image.height, image.width), mask_values(image, prediction.class_labels.device)
+    cams, _ = prediction.cams_of(slot, kept)
+    confidence = (resize(cams, size).amax(dim=0) * 255).round().to(torch.uint8)
+    _, segmentation = label_maps(prediction.seg_bands(slot, size), size, kept)
+    maps = (cam_label_map(cams, threshold, size, kept), confidence, segmentation)
+    return PseudoLabel(*(values.cpu().numpy() for values in maps))
 
 
 def export_png(store: Path, output: Path, *, confidence: bool = False) -> None:

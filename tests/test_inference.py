@@ -14,11 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cosa_fast import inference
 from cosa_fast.config import ModelConfig, RuntimeConfig
 from cosa_fast.data.index import Image, Index
 from cosa_fast.inference import (
+    Prediction,
+    cam_label_map,
     chunks,
     label_map,
+    label_maps,
+    mask_values,
     normalise,
     predict,
     predict_segmenter,
@@ -29,6 +34,7 @@ from cosa_fast.inference import (
     to_tensor,
 )
 from cosa_fast.models.cosa import CosaNet
+from cosa_fast.models.multi_scale import MultiScale
 from cosa_fast.models.segmenter import Segmenter
 from cosa_fast.runtime import resolve
 
@@ -94,6 +100,59 @@ def test_segmenter_probabilities_add_up_over_scales_and_mirrors() -> None:
     assert torch.equal(predict_segmenter(net, images, (1.0,), False, CPU)[0].argmax(0), (images[0, 0] > 0).long())
 
 
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("band", [1, 5000, 2**30])
+@pytest.mark.parametrize("size", [(48, 48), (37, 90), (201, 33), (1, 1), (16, 500)])
+def test_bands_are_the_whole_map(
+    net: CosaNet, flip: bool, band: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(inference.BAND_BYTES, "cpu", band)
+    torch.manual_seed(1)
+    labels = torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    got = predict(net, torch.randn(2, 3, 48, 48), labels, (1.0, 0.5, 1.5), flip, CPU)
+    whole = resize(got.seg[1], size)
+    bands = list(got.seg_bands(1, size))
+    assert [row for rows, _ in bands for row in range(*rows.indices(size[0]))] == list(range(size[0]))
+    if band == 1:
+        assert len(bands) == size[0]
+    torch.testing.assert_close(torch.cat([scores for _, scores in bands], dim=1), whole, atol=1e-5, rtol=1e-5)
+    free, filtered = label_maps(bands, size, torch.tensor([0, 2], dtype=torch.uint8))
+    assert free.dtype == filtered.dtype == torch.uint8
+    # The same where the best two differ by more than rounding.
+    for values, found, present in ((whole, free, None), (whole[[0, 2]], filtered, labels[1])):
+        best = values.topk(2, dim=0).values
+        clear = best[0] - best[1] > 1e-5
+        assert clear.float().mean() > 0.99
+        assert torch.equal(found[clear], label_map(whole, present)[clear])
+
+
+def test_bands_of_dataset_sized_maps() -> None:
+    """As many classes as VOC and COCO have, and a rectangular input."""
+    generator = torch.Generator().manual_seed(0)
+    for kinds, side, size in ((21, (448, 448), (188, 250)), (81, (224, 224), (240, 320)), (5, (96, 160), (123, 77))):
+        views = [(side[0] * k // 64, side[1] * k // 64) for k in (4, 2, 6)] * 2
+        seg = tuple(torch.randn(1, kinds, *view, generator=generator) for view in views)
+        got = Prediction(MultiScale(seg[:3], seg[3:], (), (), seg, ()), torch.ones(1, kinds - 1), side)
+        whole = resize(got.seg[0], size)
+        free, _ = label_maps(got.seg_bands(0, size), size, torch.tensor([0, 3], dtype=torch.uint8))
+        best = whole.topk(2, dim=0).values
+        assert not ((free != label_map(whole)) & (best[0] - best[1] > 1e-4)).any()
+
+
+def test_cams_of_some_classes(net: CosaNet) -> None:
+    labels = torch.tensor([[1.0, 0, 1], [0, 0, 0]])
+    got = predict(net, torch.randn(2, 3, 48, 48), labels, (1.0, 0.5), True, CPU)
+    for slot, present in ((0, (0, 2)), (1, ())):
+        kept = mask_values(Image("a", "a.jpg", 48, 48, present), torch.device("cpu"))
+        assert kept.tolist() == [0, *(label + 1 for label in present)]
+        for some, dense in zip(got.cams_of(slot, kept), (got.cams[slot], got.aux_cams[slot]), strict=True):
+            assert torch.equal(some, dense[list(present)] if present else torch.zeros(1, 48, 48))
+            found = cam_label_map(some, 0.4, (31, 52), kept)
+            maps = resize(dense, (31, 52))
+            assert torch.equal(found, torch.where(maps.amax(0) >= 0.4, maps.argmax(0) + 1, 0).to(torch.uint8))
+    assert not torch.equal(got.cams, got.aux_cams)
+
+
 def test_label_map() -> None:
     scores = torch.zeros(4, 2, 2)
     scores[3, 0, 0] = 5  # best of all, but absent
@@ -129,6 +188,43 @@ def test_loading(tmp_path: Path) -> None:
         read_rgb(index, replace(entry, width=3, height=4))
     with pytest.raises(ValueError, match=r"cannot decode .*none\.jpg"):
         read_rgb(index, replace(entry, path="none.jpg"))
+
+
+def test_normalise_leaves_its_input_alone() -> None:
+    pixels = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    before = pixels.clone()
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    values = normalise(pixels, mean, std, torch.device("cpu"))
+    assert torch.equal(pixels, before)
+    expected = (pixels.float() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert torch.equal(values, expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_nothing_waits_for_the_gpu() -> None:
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    config = ModelConfig(name="mini_vit", pretrained=False, decoder_dim=8, decoder_dilation=2, aux_norm=True)
+    model = CosaNet(config, num_classes=3, image_size=48, pretrained=False).eval().to(device)
+    machine = resolve(RuntimeConfig(device="cuda", precision="fp32", compile="off"))
+    entry = Image("a", "a.jpg", 90, 37, (0, 2))
+
+    def maps() -> list[Tensor]:
+        pixels = torch.full((1, 3, 48, 48), 100, dtype=torch.uint8)
+        images = normalise(pixels, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), device)
+        labels = inference.to_device(torch.tensor([[1.0, 0, 1]]), device)
+        got = predict(model, images, labels, (1.0, 0.5), True, machine)
+        kept = mask_values(entry, device)
+        cams, _ = got.cams_of(0, kept)
+        return [*label_maps(got.seg_bands(0, (37, 90)), (37, 90), kept), cam_label_map(cams, 0.4, (37, 90), kept)]
+
+    expected = maps()  # compiles, and allocates pinned memory
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = maps()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_prefetch_keeps_order_and_bounds() -> None:

@@ -67,3 +67,31 @@ def test_nothing_known_is_nan_not_zero() -> None:
 def test_other_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"truth is \(3, 4\) but the prediction \(4, 3\)"):
         confusion_matrix(TRUTH, PREDICTION.T, 4)
+
+
+def test_values_that_are_no_class_do_not_count() -> None:
+    truth = torch.tensor([0, 1, 2, 3, 254, 255])
+    assert confusion_matrix(truth, torch.zeros(6, dtype=torch.uint8), 2).tolist() == [[1, 0, 0], [1, 0, 0]]
+
+
+def test_sums_stay_exact_and_inputs_unchanged() -> None:
+    truth, prediction = TRUTH.clone(), PREDICTION.clone()
+    once = confusion_matrix(truth, prediction, 254)  # the most that fit 8 bits: class 254 is the undecided one
+    assert once.shape == (254, 255)
+    assert once.dtype == torch.int64
+    assert once[:3, :3].tolist() == [[4, 1, 0], [1, 2, 0], [1, 0, 1]]
+    assert once.sum() == 10
+    assert torch.equal(truth, TRUTH)
+    assert torch.equal(prediction, PREDICTION)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_counts_on_a_gpu_without_waiting_for_it() -> None:
+    expected = confusion_matrix(TRUTH, PREDICTION, 4)
+    truth, prediction = TRUTH.cuda(), PREDICTION.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = confusion_matrix(truth, prediction, 4)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.cpu(), expected)

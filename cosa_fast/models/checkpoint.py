@@ -32,6 +32,8 @@ class CosaCheckpoint:
     """Name of the dataset it was trained on."""
     threshold: float
     """The CAM threshold xi at the end of training."""
+    aux_threshold: float
+    """That of the auxiliary CAMs; checkpoints from before it was stored: the main one."""
     iteration: int
     config: dict[str, Any]
     """Every configuration section of the training stage."""
@@ -107,6 +109,7 @@ def load_cosa(
         classes=tuple(metadata["classes"]),
         dataset=metadata["dataset"],
         threshold=metadata["threshold"],
+        aux_threshold=metadata.get("aux_threshold", metadata["threshold"]),
         iteration=metadata["iteration"],
         config=metadata["config"],
         mean=augment.mean,

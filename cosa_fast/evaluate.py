@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cosa_fast.config import EvalConfig, RuntimeConfig
-from cosa_fast.crf import CRF_PRESETS, CrfItem, CrfPool
+from cosa_fast.crf import CRF_PRESETS, CrfItem, CrfPool, require_crf
 from cosa_fast.data.index import Index
 from cosa_fast.data.masks import Masks, load_masks
 from cosa_fast.data.store import Pixels, PseudoLabels
@@ -68,6 +68,8 @@ def evaluate(
     Raises:
         ValueError: a split has no masks, a file is not of this index or damaged, or the disk is full.
     """
+    if evaluation.crf != "none":
+        require_crf()
     machine = resolve(runtime, threads)
     dataset = Index.load(index)
     truth = load_masks(masks, index)

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from cosa_fast.studies.needs import LADDER, STUDIES
+from cosa_fast.studies.variants import VARIANTS, threshold_variant
+
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / ".test/config/config.yaml"
 ALL = ["train_index", "index", "masks", "warmup", "train", "pseudo_labels", "multistage", "evaluate"]
@@ -23,7 +26,7 @@ call=$*
 while [ $# -gt 1 ]; do
   case $1 in
     --log) log=$2 ;;
-    --output|--csv|--panel) outputs+=("$2") ;;
+    --output|--csv|--panel|--gallery|--figure) outputs+=("$2") ;;
   esac
   shift
 done
@@ -36,7 +39,7 @@ if [ "$rule" = "$FAIL" ]; then
 fi
 for output in "${outputs[@]}"; do
   case $output in
-    *.zarr|*_png|*/warmups/*) mkdir -p "$output"; output=$output/content ;;
+    *.zarr|*_png|*/warmups/*|*/gallery|*/no_csc) mkdir -p "$output"; output=$output/content ;;
     */cosa.safetensors) echo $RANDOM | tee "${output%.*}.metrics.jsonl" > "${output%.*}.validation.jsonl" ;;
   esac
   echo $RANDOM > "$output"
@@ -184,6 +187,54 @@ def test_masks_are_for_the_oracle_and_for_validation(pretended: Pretended) -> No
     for rule in ("warmup", "train"):
         files = "--masks results/test/data/masks.json --validation-index results/test/data/index.json"
         assert files in pretended.calls[rule]
+
+
+@pytest.fixture(scope="module")
+def studied(finished: Pretended, tmp_path_factory: pytest.TempPathFactory) -> Pretended:
+    """The finished folder, with all studies and the report."""
+    again = Pretended(tmp_path_factory.mktemp("studied") / "copy", finished.bin_folder)
+    shutil.copytree(finished.folder, again.folder)
+    done = again.run("--configfile", TINY, "--", "studies", "report")
+    assert done.returncode == 0, done.stdout
+    return again
+
+
+def test_the_studies_train_variants_and_nothing_twice(studied: Pretended) -> None:
+    calls = studied.calls
+    trained = [rule for rule, call in calls.items() if call.startswith("train ")]
+    # All variants but plain CoSA, which is the main run; the only fixed threshold is a variant of its own.
+    assert sorted(trained) == sorted(f"{name}_0" for name in [*(set(VARIANTS) - {"cosa"}), threshold_variant(0.4)])
+    assert not set(ALL) & calls.keys() - {"warmup"}
+    assert list(calls)[-1] == "report"
+    assert {name for name in STUDIES if name in calls} == set(STUDIES)
+    results = studied.folder / "results/test"
+    assert (results / "studies/qualitative.png").exists()
+    assert (results / "voc_report.html").exists()
+    warmups = {path.name for path in (results / "warmups").iterdir()}
+    assert len(warmups) == 5  # with and without SA and RAW, and the other threshold
+
+
+def test_a_study_is_drawn_again_without_training(studied: Pretended, tmp_path: Path) -> None:
+    again = Pretended(tmp_path / "copy", studied.bin_folder)
+    shutil.copytree(studied.folder, again.folder)
+    done = again.run("--configfile", TINY, "--config", "studies={coexisting: [boat]}", "--", "studies")
+    assert done.returncode == 0, done.stdout
+    assert sorted(again.calls) == sorted(STUDIES)
+    done = again.run("--configfile", TINY, "--config", "studies={coexisting: [boat]}", "--", "report")
+    assert list(again.calls) == ["report"]
+    done = again.run(
+        "--configfile", TINY, "--config", "studies={seeds: [0, 1]}", "--", "results/test/studies/ladder.csv"
+    )
+    assert sorted(name for name in again.calls if not name.startswith("warmup")) == sorted(
+        ["ladder", *(f"{name}_1" for name in LADDER)]
+    )
+
+
+def test_studies_without_validation_are_refused(pretended: Pretended) -> None:
+    done = pretended.run("--configfile", TINY, "--config", "validation={every: 0}", "--", "studies")
+    assert done.returncode == 1
+    assert "set validation.every, for example to 2000" in done.stdout
+    assert not pretended.calls
 
 
 def test_a_failed_stage_has_the_last_word_and_the_rest_is_kept(pretended: Pretended) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from unittest import mock
 
 import numpy as np
@@ -45,6 +45,9 @@ CLASSES = tuple(f"class {number}" for number in range(80))
 CASES = {"VOC": (20, (375, 500)), "COCO": (80, (480, 640))}
 """Classes, and height and width of the image."""
 
+Write = Callable[[str, str, int, float, float], None]
+"""Takes a case, a method, a number of images, seconds and MiB."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -58,6 +61,7 @@ class Options:
     """Scale photographs and masks to this longest side first."""
     size: int = 32
     """Side of the squares that CoSA gets; 448 in earnest."""
+    scales: tuple[float, ...] = (1.0,)
     count: int = COCO_VAL
     batch_size: int = 8
     crf: Annotated[str, tyro.conf.arg(help="none, release or standard.")] = "none"
@@ -71,20 +75,25 @@ class Options:
 
 
 def run(options: Options) -> None:
-    """Measure, print and append the CSV."""
+    """Measure; each result is printed and appended to the CSV as soon as it is there."""
     torch.set_num_threads(options.threads)
-    rows = _maps(options) if options.images is None else _split(options)
-    common.append_csv(options.csv, [common.record("cpu") | row for row in rows])
-    for row in rows:
-        name = f"{row['case']}, {row['method']}"
-        print(f"{name:<24}{row['images']:>6} images {row['seconds']:>10.4f} s {row['mib']:>8.1f} MiB")
+    about = common.record("cpu")
+
+    def write(case: str, method: str, images: int, seconds: float, mib: float) -> None:
+        values = {"images": images, "seconds": round(seconds, 5), "mib": round(mib, 1)}
+        common.append_csv(options.csv, [about | {"case": case, "method": method} | values])
+        print(f"{f'{case}, {method}':<24}{images:>6} images {seconds:>10.4f} s {mib:>8.1f} MiB", flush=True)
+
+    if options.images is None:
+        _maps(options, write)
+    else:
+        _split(options, write)
 
 
 # A whole split.
 
 
-def _split(options: Options) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+def _split(options: Options, write: Write) -> None:
     case = f"{options.side or 'original'} px" + ("" if options.crf == "none" else f", {options.crf} CRF")
 
     def counted(systems: Systems, split: str) -> Iterator[Outcome]:
@@ -92,10 +101,7 @@ def _split(options: Options) -> list[dict[str, Any]]:
         for number, outcome in enumerate(outcomes(systems, split), start=1):
             yield outcome
             if number % step == 0 or number == options.count:
-                seconds = round(time.perf_counter() - start, 3)
-                rows.append(
-                    {"case": case, "method": "evaluate", "images": number, "seconds": seconds, "mib": _resident()}
-                )
+                write(case, "evaluate", number, time.perf_counter() - start, _resident())
 
     outcomes = stage.outcomes
     with tempfile.TemporaryDirectory() as temporary, mock.patch.object(stage, "outcomes", counted):
@@ -112,19 +118,18 @@ def _split(options: Options) -> list[dict[str, Any]]:
             folder / "panel.png",
             folder / "gallery",
             evaluation=EvalConfig.model_validate(
-                {"scales": (1.0, 0.5), "size": options.size, "batch_size": options.batch_size, "crf": options.crf}
+                {"scales": options.scales, "size": options.size, "batch_size": options.batch_size, "crf": options.crf}
             ),
             runtime=RuntimeConfig(device="cpu"),
             threads=options.threads,
         )
         print((folder / "miou.txt").read_text())
-    return rows
 
 
 def _resident() -> float:
     """MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return round(pages * os.sysconf("SC_PAGE_SIZE") / common.MIB, 1)
+    return pages * os.sysconf("SC_PAGE_SIZE") / common.MIB
 
 
 def _dataset(options: Options, folder: Path) -> tuple[Path, Path]:
@@ -210,17 +215,14 @@ def _checkpoint(path: Path, size: int) -> Path:
 # One image's maps.
 
 
-def _maps(options: Options) -> list[dict[str, Any]]:
-    rows = []
+def _maps(options: Options, write: Write) -> None:
     # Memory in a process of its own: it is counted from what the system has to give, and that is slower.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
         for case in CASES:
             times = common.cpu_times(_ways(case), None, options.turns, 0.0)
             memory = other.submit(_memory, case).result()
             for method, modes in times.items():
-                seconds = round(modes["forward"].median / 1000, 5)
-                rows.append({"case": case, "method": method, "images": 1, "seconds": seconds, "mib": memory[method]})
-    return rows
+                write(case, method, 1, modes["forward"].median / 1000, memory[method])
 
 
 def _memory(case: str) -> dict[str, float]:
@@ -228,7 +230,7 @@ def _memory(case: str) -> dict[str, float]:
     torch.set_num_threads(1)
     common.return_freed_memory()
     calls = _ways(case)
-    return {name: round(common.peak_memory(call, None, "cpu")["forward"], 1) for name, call in calls.items()}
+    return {name: common.peak_memory(call, None, "cpu")["forward"] for name, call in calls.items()}
 
 
 def _ways(case: str) -> dict[str, Callable[[], Tensor]]:

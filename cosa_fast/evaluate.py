@@ -127,9 +127,10 @@ def _checked_splits(
         if not dataset.splits[split]:
             raise ValueError(f"the split {split!r} of {index} has no images: nothing can be measured on it")
         if not masks.has(split):
+            otherwise = "choose another split" if split == dataset.train_split else "take the split out of eval_splits"
             raise ValueError(
                 f"{masks_path} has no masks for the split {split!r}: evaluation needs one for each image; add them and "
-                "run `cosa-fast data masks` again, or take the split out of eval_splits"
+                f"run `cosa-fast data masks` again, or {otherwise}"
             )
     return tuple(dict.fromkeys(splits))
 

@@ -40,6 +40,7 @@ from cosa_fast.models.checkpoint import CosaCheckpoint, load_cosa
 from cosa_fast.models.segmenter import SegmenterCheckpoint, load_segmenter
 from cosa_fast.pseudo_labels import require_same_classes
 from cosa_fast.runtime import Runtime, resolve
+from cosa_fast.systems import STANDALONE_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +100,13 @@ class CosaMs:
     machine: Runtime
 
     def scores(self, pictures: Sequence[Picture], views: Views) -> Iterator[Tensor]:
-        """Sums of probabilities; pictures of one size go through the network together."""
+        """Sums of probabilities; pictures of one size go through the network together, as many as the evaluation's."""
         net, results = self.network, dict[int, Tensor]()
         for slot, picture in enumerate(pictures):
             if slot not in results:
+                fitting = max(1, STANDALONE_BYTES // (4 * (len(net.classes) + 1) * picture.height * picture.width))
                 alike = [other for other in range(slot, len(pictures)) if pictures[other].size == picture.size]
+                alike = alike[:fitting]
                 pixels = torch.stack([to_tensor(pictures[other]) for other in alike])
                 images = normalise(pixels, net.mean, net.std, self.machine.device)
                 maps = predict_segmenter(net.net, images, views.scales, views.flip, self.machine)
@@ -147,7 +150,7 @@ def measure_speed(
         index: the dataset index.
         checkpoint: CoSA's, of the `train` stage.
         segmenter: CoSA-MS's, of the `multistage` stage; None: only CoSA is timed.
-        output: CSV: per variant the median images per second, and the spread (largest less smallest) of its passes.
+        output: CSV: per variant the images per second of its passes, their median, the slowest and the fastest.
         images: so many, evenly spaced through the first evaluation split (all of it, if it has fewer).
 
     Raises:
@@ -235,7 +238,8 @@ def _table(variants: Sequence[Variant], images: int, device: torch.device, threa
                 "batch": variant.batch,
                 "crf": variant.crf,
                 "images_per_second": f"{statistics.median(rates):.4g}",
-                "spread": f"{max(rates) - min(rates):.2g}",
+                "slowest": f"{min(rates):.4g}",
+                "fastest": f"{max(rates):.4g}",
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
                 "threads": threads,
                 "torch": torch.__version__,

@@ -175,3 +175,41 @@ def test_metrics_are_means_over_the_log_interval(tmp_path: Path) -> None:
     Run(10).go(tmp_path, step=lambda iteration, batch: {"loss": torch.tensor(float(iteration))})
     assert [(line["iteration"], line["loss"]) for line in metrics(tmp_path)] == [(4, 1.5), (8, 5.5), (10, 8.5)]
     assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_logs_are_of_this_run_alone(tmp_path: Path) -> None:
+    folder, result = tmp_path / "run", tmp_path / "result.pt"
+    watched = loop.Validation(5, lambda done: ([{"iteration": done, "nested": {"a": 1}}], {}))
+
+    def go(fingerprint: dict, validation: loop.Validation | None) -> None:
+        run = Run()
+        loop.run(
+            name="test", folder=folder, fingerprint=fingerprint, iterations=run.iterations, batches=run.batches,
+            state={"model": run.model, "optimizer": run.optimizer}, step=run.step, checkpoint_every=5, log_every=4,
+            validation=validation,
+        )  # fmt: skip
+        loop.finish(folder, result)
+
+    go({"lr": 1}, watched)
+    records = [json.loads(line) for line in result.with_suffix(".validation.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records] == [5, 10, 15, 20, 23]
+    go({"lr": 2}, None)
+    assert not result.with_suffix(".validation.jsonl").exists()
+    assert len(result.with_suffix(".metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_log_line_cut_short_does_not_stop_the_resume(tmp_path: Path) -> None:
+    run = Run()
+
+    def failing(iteration: int, batch: Tensor) -> dict[str, Tensor]:
+        if iteration == 14:
+            raise KeyboardInterrupt
+        return run.step(iteration, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run.go(tmp_path, step=failing)
+    with open(tmp_path / "metrics.jsonl", "a") as handle:
+        handle.write('{"iteration": 14, "nested": {"a": 1}')
+    resumed = Run()
+    resumed.go(tmp_path)
+    assert [line["iteration"] for line in metrics(tmp_path)] == [4, 8, 12, 16, 20, 23]

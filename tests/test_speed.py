@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tiny_results import CLASSES, write_checkpoint, write_dataset
+from tiny_runs import SPEED_COLUMNS
 
 from cosa_fast import speed
 from cosa_fast.config import EvalConfig, MultistageConfig, RuntimeConfig
@@ -16,9 +18,11 @@ from cosa_fast.crf import CRF_PRESETS, CrfPool, dense_crf
 from cosa_fast.data.index import Index
 from cosa_fast.inference import label_map, normalise, predict, predict_segmenter, read_rgb, resize, square, to_tensor
 from cosa_fast.models.checkpoint import load_cosa
-from cosa_fast.models.segmenter import build_segmenter, load_segmenter, save_segmenter
+from cosa_fast.models.segmenter import Segmenter, build_segmenter, load_segmenter, save_segmenter
 from cosa_fast.runtime import resolve
 from cosa_fast.speed import Cosa, CosaMs, System, Variant, Views, measure_speed
+from cosa_fast.studies.speed import COLUMNS as STUDY_COLUMNS
+from cosa_fast.studies.speed import RATES
 
 pytest.importorskip("pydensecrf", reason="pydensecrf2 is not installed")
 
@@ -26,8 +30,8 @@ CPU = RuntimeConfig(device="cpu")
 EVAL = EvalConfig(scales=(1.0, 0.5), flip=True, size=48, batch_size=3)
 SEGMENTER = MultistageConfig(encoder="tu-test_resnet", encoder_weights=None, iterations=9)
 COLUMNS = [
-    "system", "scales", "flip", "batch", "crf", "images_per_second", "spread", "device", "threads", "torch", "date",
-    "images",
+    "system", "scales", "flip", "batch", "crf", "images_per_second", "slowest", "fastest", "device", "threads", "torch",
+    "date", "images",
 ]  # fmt: skip
 
 
@@ -77,14 +81,42 @@ def test_every_variant_is_timed_on_the_same_images(made: Path, tmp_path: Path, m
         for crf in ("none", "standard")
     ]
     for row in rows:
-        assert float(row["images_per_second"]) > 0
-        assert float(row["spread"]) >= 0
+        assert 0 < float(row["slowest"]) <= float(row["images_per_second"]) <= float(row["fastest"])
         assert (row["device"], row["threads"], row["torch"], row["images"]) == ("cpu", "1", torch.__version__, "5")
     # One short untimed pass and then all images, the variants in turn.
     assert len(passes) == 16 * (1 + speed.ROUNDS)
     assert {count for count, _ in passes[:16]} == {1, 3}
     assert {count for count, _ in passes[16:]} == {5}
     assert passes[16:32] == passes[32:48]
+
+
+def test_the_rates_are_the_median_and_the_range_of_the_passes() -> None:
+    variant = Variant("CoSA", Views((1.0,), False), 1, "none", seconds=[2.0, 5.0, 4.0])
+    row = next(csv.DictReader(speed._table([variant], 20, torch.device("cpu"), 1).splitlines()))
+    assert [row[column] for column in RATES] == ["5", "4", "10"]
+
+
+def test_the_study_reads_what_the_stage_writes() -> None:
+    assert list(STUDY_COLUMNS) == list(SPEED_COLUMNS) == COLUMNS
+
+
+def test_cosa_ms_takes_as_many_images_as_the_evaluation(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = Index.load(made / "index.json")
+    picture = read_rgb(index, index.splits["val"][0])
+    system, views = CosaMs(load_segmenter(made / "segmenter.safetensors"), resolve(CPU, 1)), Views((1.0,), False)
+    counts: list[int] = []
+
+    def counted(net: Segmenter, images: torch.Tensor, *rest: Any) -> torch.Tensor:
+        counts.append(len(images))
+        return predict_segmenter(net, images, *rest)
+
+    monkeypatch.setattr(speed, "predict_segmenter", counted)
+    with torch.inference_mode():
+        together = list(system.scores([picture] * 5, views))
+        monkeypatch.setattr(speed, "STANDALONE_BYTES", 2 * 4 * (len(CLASSES) + 1) * picture.height * picture.width)
+        apart = list(system.scores([picture] * 5, views))
+    assert counts == [5, 2, 2, 1]
+    torch.testing.assert_close(apart, together)
 
 
 def test_without_cosa_ms_and_with_nothing_to_compare(made: Path, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,19 @@ import numpy as np
 import pytest
 import torch
 from cosa_kernels.reference import perplexity_of
-from tiny_runs import CLASSES, ITERATIONS, set_last, write_index, write_iou_table, write_run
+from tiny_runs import (
+    CLASSES,
+    ITERATIONS,
+    set_last,
+    set_metadata,
+    set_precision,
+    write_index,
+    write_iou_table,
+    write_run,
+    write_segmenter,
+)
 
-from cosa_fast.config import StudiesConfig
+from cosa_fast.config import StudiesConfig, load_config
 from cosa_fast.data.index import Index
 from cosa_fast.models import checkpoint
 from cosa_fast.studies import runs, stats
@@ -23,9 +35,9 @@ from cosa_fast.studies.confidence import correlation, group
 from cosa_fast.studies.inputs import Inputs, parse_named_paths, parse_runs
 from cosa_fast.studies.needs import STUDIES, needs
 from cosa_fast.studies.raw import distance_to_ideal
-from cosa_fast.studies.runs import load_run
+from cosa_fast.studies.runs import checkpoint_metadata, load_run
 from cosa_fast.studies.tables import percent, read_iou_table, signed
-from cosa_fast.studies.variants import VARIANTS
+from cosa_fast.studies.variants import VARIANTS, variant
 
 
 def test_interval_of_a_mean() -> None:
@@ -219,6 +231,62 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match=r"the checkpoint .* is missing: make it with `snakemake"):
         load_run("cosa", 0, prefix)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: json.dumps(content)[:-9], r"metadata of .* is damaged \(JSONDecodeError"),
+        (lambda _: [1], r"metadata of .* is damaged \(TypeError"),
+        (lambda _: {"schema": 1}, r"metadata of .* is damaged \(KeyError\('kind'\)\)"),
+        (lambda content: without(content, "dataset", "iteration"), r"metadata of .* lacks dataset, iteration"),
+        (lambda content: content | {"config": [1]}, r"lacks config\.model\.name, config\.cosa, config\.train"),
+        (lambda content: content | {"config": without(content["config"], "cosa")}, r"lacks config\.cosa"),
+    ],
+)
+def test_damaged_metadata(tmp_path: Path, damage: Callable[[Any], object], message: str) -> None:
+    prefix = write_run(tmp_path, "cosa")
+    path = prefix.with_name("cosa.safetensors")
+    set_metadata(path, damage(checkpoint_metadata(path, "cosa", "")))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_run("cosa", 0, prefix)
+    assert str(path) in str(caught.value)
+    assert f"delete it, then make it with `snakemake --cores all {path}`" in str(caught.value)
+
+
+def without(content: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name not in names}
+
+
+def test_a_checkpoint_of_the_other_kind(tmp_path: Path) -> None:
+    prefix = write_run(tmp_path, "cosa")
+    path = prefix.with_name("cosa.safetensors")
+    with pytest.raises(ValueError, match=r"holds a 'cosa' model, wanted 'segmenter': give the `multistage` stage's"):
+        checkpoint_metadata(path, "segmenter", "make it")
+    write_segmenter(path)
+    with pytest.raises(
+        ValueError, match=r"cosa\.safetensors holds a 'segmenter' model, wanted 'cosa': give the `train`"
+    ):
+        load_run("cosa", 0, prefix)
+
+
+def test_no_precision_where_no_class_occurs(tmp_path: Path) -> None:
+    prefix = write_run(tmp_path, "cosa")
+    set_precision(prefix, None)
+    run = load_run("cosa", 0, prefix)
+    assert all(math.isnan(record.mean_average_precision) for record in run.validations)
+
+
+@pytest.mark.parametrize("preset", ["minivoc.yaml", "release.yaml"])
+def test_variants_differ_in_the_five_parts_alone(preset: str) -> None:
+    config = load_config(Path(__file__).resolve().parents[1] / "config" / preset)
+    parts = {"guidance", "swap", "raw", "csc", "dynamic_threshold"}
+    rest = {name: variant(config, name, 0).cosa.model_dump(exclude=parts) for name in VARIANTS}
+    assert all(settings == rest["cosa"] for settings in rest.values())
+    fixed = variant(config, "threshold_0.7", 0).cosa
+    assert fixed.model_dump(exclude=parts) == rest["cosa"] | {"threshold": 0.7}
+    for name in VARIANTS:  # combinations that the training takes
+        type(fixed).model_validate(variant(config, name, 0).cosa.model_dump())
 
 
 def test_only_comparable_runs_are_compared(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import warnings
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from PIL import Image as PilImage
 from tiny_runs import (
     COEXISTING,
     set_last,
+    set_precision,
     write_gallery,
     write_index,
     write_inputs,
@@ -25,7 +28,7 @@ from tiny_runs import (
 
 from cosa_fast.config import StudiesConfig
 from cosa_fast.data.index import Index
-from cosa_fast.studies import qualitative
+from cosa_fast.studies import qualitative, speed
 from cosa_fast.studies.inputs import Inputs
 from cosa_fast.studies.needs import LADDER, LEAVE_ONE_OUT, STUDIES, needs
 from cosa_fast.studies.study import write_study
@@ -49,6 +52,11 @@ def table(name: str, inputs: Inputs) -> list[dict[str, str]]:
     return rows
 
 
+def words(figure: Path) -> str:
+    """The text in an SVG, lines joined."""
+    return " ".join(text.strip() for element in ET.parse(figure).iter() if (text := element.text))
+
+
 def inputs_of(folder: Path, name: str, **changes: Any) -> Inputs:
     """Everything the study needs, made up; `changes` replace parts."""
     given = write_inputs(folder, needs(name, SETTINGS)) | changes
@@ -62,8 +70,7 @@ def test_every_study_writes_a_table_and_a_figure(tmp_path: Path, name: str) -> N
     assert rows[0]["dataset"] == "MiniVOC (synthetic)"
     assert not list(tmp_path.glob(".*"))  # no temporary file is left
     if figure.suffix == ".svg":
-        words = " ".join(text for element in ET.parse(figure).iter() if (text := element.text))
-        assert "MiniVOC (synthetic)" in words  # text is text, and says what data it is
+        assert "MiniVOC (synthetic)" in words(figure)  # text is text, and says what data it is
         assert "<dc:date>" not in figure.read_text()
     else:
         with PilImage.open(figure) as image:
@@ -145,6 +152,25 @@ def test_systems_with_the_papers_network(tmp_path: Path) -> None:
     assert {row["network"] for row in rows if row["note"] == "not trained here"} == {"WR38", "SWIN"}
 
 
+@pytest.mark.parametrize(
+    ("encoder", "known"),
+    [("tu-swin_base_patch4_window12_384.ms_in22k", "81.40"), ("wide_resnet38", "76.60"), ("tu-resnet101d", "76.50")],
+)
+def test_systems_name_the_papers_network(tmp_path: Path, encoder: str, known: str) -> None:
+    inputs = inputs_of(tmp_path, "systems")
+    write_segmenter(inputs.checkpoints["segmenter"], encoder=encoder)
+    rows = [row for row in table("systems", inputs) if row["network"].endswith(encoder)]
+    (row,) = [row for row in rows if (row["split"], row["setting"], row["crf"]) == ("val", "label-filtered", "none")]
+    assert row["paper_voc"] == known
+
+
+def test_systems_refuse_a_checkpoint_of_the_other_kind(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, "systems")
+    write_segmenter(inputs.checkpoints["cosa"])
+    with pytest.raises(ValueError, match=r"cosa\.safetensors holds a 'segmenter' model, wanted 'cosa'"):
+        table("systems", inputs)
+
+
 def test_cpl(tmp_path: Path) -> None:
     rows = table("cpl", inputs_of(tmp_path, "cpl"))
     assert [(row["split"], row["cams"], row["miou"], row["paper_voc"]) for row in rows] == [
@@ -155,6 +181,42 @@ def test_cpl(tmp_path: Path) -> None:
         ("val", "auxiliary CAMs", "51.70", ""),
         ("val", "mean of both", "60.40", "77.20"),
     ]
+
+
+def test_cpl_says_which_training_images_ours_are(tmp_path: Path) -> None:
+    given = write_inputs(tmp_path, needs("cpl", SETTINGS))
+    given["tables"]["cpl"].write_text(given["tables"]["cpl"].read_text().replace(",train,", ",train_aug,"))
+    index = Index.load(write_index(tmp_path))
+    splits = {"train_aug": index.splits["train"] * 1234, "val": index.splits["val"]}
+    index = replace(index, train_split="train_aug", eval_splits=("val",), splits=splits)
+    rows, figure = make(tmp_path, "cpl", Inputs(index=index, **given))
+    assert rows[0]["note"] == (
+        "paper: VOC 2012 train, 1,464 images; ours: MiniVOC (synthetic), train_aug, 1,234 images"
+    )
+    assert rows[1]["note"] == "ours: MiniVOC (synthetic), train_aug, 1,234 images; not in the paper"
+    assert "train_aug (1,234 images) and val (1 images); the paper's: VOC train (1,464) and VOC val" in words(figure)
+
+
+@pytest.mark.parametrize("name", ["guidance", "threshold", "oracle", "swap", "raw", "aux_cam", "confidence"])
+def test_studies_of_one_seed_say_so(tmp_path: Path, name: str) -> None:
+    rows, figure = make(tmp_path, name, inputs_of(tmp_path, name))
+    text = words(figure)
+    assert "One run" in text
+    assert "see the ladder's intervals for the spread between seeds" in text
+    if name in ("guidance", "threshold"):
+        assert all("one run per row: see the ladder's intervals" in row["note"] for row in rows)
+
+
+def test_oracle_without_precision(tmp_path: Path) -> None:
+    inputs = inputs_of(tmp_path, "oracle")
+    for of_seeds in inputs.runs.values():
+        set_precision(of_seeds[0], None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rows, figure = make(tmp_path, "oracle", inputs)
+    assert {row["mean_average_precision"] for row in rows} == {""}
+    assert all(row["cpl_miou"] for row in rows)
+    assert figure.read_text().count(">SPL (CoSA)<") == 1  # beside the other plot
 
 
 def test_guidance(tmp_path: Path) -> None:
@@ -194,7 +256,7 @@ def test_speed(tmp_path: Path) -> None:
     chosen = {(row["system"], row["scales"], row["batch"], row["crf"]): row for row in rows}
     assert len(chosen) == len(rows) == 16
     standalone = chosen["CoSA-MS", "1.0 0.5", "1", "standard"]
-    assert (standalone["images_per_second"], standalone["spread"]) == ("6.83", "0.27")
+    assert [standalone[column] for column in ("images_per_second", "slowest", "fastest")] == ["6.83", "4.78", "7.52"]
     assert (standalone["miou_label_free"], standalone["miou_label_filtered"]) == ("60.70", "64.90")
     assert (standalone["paper_images_per_second"], standalone["paper_voc"]) == ("2.36", "76.50")
     plain = chosen["CoSA", "1.0 0.5", "16", "none"]
@@ -213,6 +275,17 @@ def test_speed(tmp_path: Path) -> None:
     path.write_text(text.replace("60.0", "fast"))
     with pytest.raises(ValueError, match=r"line 2: could not convert string to float: 'fast': make it with"):
         table("speed", inputs)
+    path.write_text(text.replace("60.0", "90.0"))
+    with pytest.raises(ValueError, match=r"line 2: 90 images per second are not between 42 and 66: make it with"):
+        table("speed", inputs)
+
+
+def test_bars_of_the_speeds_reach_from_the_slowest_to_the_fastest(tmp_path: Path) -> None:
+    with style():
+        rows, figure = speed.study(inputs_of(tmp_path, "speed"))
+    bars = [container.lines[2][0].get_segments()[0] for container in figure.axes[0].containers]
+    found = sorted(tuple(bar[:, 0].round(2)) for bar in bars)
+    assert found == pytest.approx(sorted((float(row["slowest"]), float(row["fastest"])) for row in rows), abs=0.011)
 
 
 def test_threshold(tmp_path: Path) -> None:
@@ -297,6 +370,9 @@ def test_qualitative(tmp_path: Path) -> None:
         _, alone = qualitative.study(Inputs(index=inputs.index, studies=SETTINGS, galleries=main))
         _, both = qualitative.study(inputs)
     assert [len(figure.axes) for figure in (alone, both)] == [8 * 5, 8 * 6]
+    said = "CAM without CSC: of a second training, which may have another seed"
+    assert [said in "\n".join(text.get_text() for text in figure.texts) for figure in (alone, both)] == [False, True]
+    assert {row["note"] for row in rows} == {said}
     fewer = main | {"no_csc": write_gallery(tmp_path / "fewer", images=3)}
     with pytest.raises(ValueError, match=r"fewer lacks the image 003 of .*same eval.panel_images"):
         table("qualitative", Inputs(index=inputs.index, studies=SETTINGS, galleries=fewer))

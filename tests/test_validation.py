@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image as PilImage
 from sklearn.metrics import average_precision_score
 from tiny_results import AUGMENT, CLASSES, read_values, write_checkpoint, write_dataset, write_masks
 
@@ -128,6 +130,29 @@ def test_on_the_way_some_images_are_enough(dataset: tuple[Path, Path, Path]) -> 
         ("assignment", 3, False),
     ]
     assert records[0]["cam"] != records[1]["cam"]
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_few_classes_have_a_precision_too(classes: int, tmp_path: Path) -> None:
+    index = write_dataset(tmp_path, val=2)
+    content = json.loads(index.read_text())
+    content["classes"] = content["classes"][:classes]
+    for images in content["splits"].values():
+        for image in images:
+            image["labels"] = [label for label in image["labels"] if label < classes]
+            mask = Path(content["root"]) / "SegmentationClass" / f"{image['id']}.png"
+            values = read_values(mask)
+            PilImage.fromarray(np.where((values > classes) & (values < 255), 0, values).astype(np.uint8)).save(mask)
+    content["splits"]["val"] = content["splits"]["val"][:1]
+    for labels, expected in ([content["splits"]["val"][0]["labels"], 1.0], [[], None]):
+        content["splits"]["val"][0]["labels"] = labels
+        index.write_text(json.dumps(content))
+        masks = write_masks(index)
+        names = CLASSES[:classes]
+        net = load_cosa(write_checkpoint(tmp_path / "cosa.safetensors", names)).net
+        (record,) = validator(index, masks, names).measure({"online": net}, THRESHOLDS, 7, last=True)
+        assert record["mean_average_precision"] == (expected if labels else None)
+        assert ("mean_average_precision" in summary(record)) == bool(labels)
 
 
 def test_impossible_validation_is_refused(dataset: tuple[Path, Path, Path], tmp_path: Path) -> None:

@@ -88,11 +88,21 @@ def load_config(*paths: Path) -> Config:
     return config_from_mapping(merged, source=", ".join(map(str, paths)))
 
 
-def to_flags(config: Config, *sections: str) -> str:
-    """Command-line flags that give `cosa-fast <stage>` exactly these sections (used by the Snakemake rules)."""
+RHYTHM = ("checkpoint_every", "log_every")
+"""Keys of the trainings that do not decide the result."""
+
+
+def to_flags(config: Config, *sections: str, rhythm: bool | None = None) -> str:
+    """Command-line flags that give `cosa-fast <stage>` exactly these sections (used by the Snakemake rules).
+
+    Args:
+        rhythm: only the keys in `RHYTHM`, or all but these; None: every key.
+    """
     flags = []
     for section in sections:
         for key, value in json.loads(getattr(config, section).model_dump_json()).items():
+            if rhythm is not None and (key in RHYTHM) != rhythm:
+                continue
             words = value if isinstance(value, list) else [value]
             text = " ".join(shlex.quote(str(word)) for word in words)
             flags.append(f"--{section}.{key.replace('_', '-')} {text}".rstrip())

@@ -242,9 +242,9 @@ class PseudoLabels:
             )
 
     def digest(self) -> str:
-        """Hexadecimal SHA-256 of everything in the store."""
+        """Hexadecimal SHA-256 of everything in the store, without what Snakemake hides in it."""
         total = hashlib.sha256()
-        for file in sorted(path for path in self.path.rglob("*") if path.is_file()):
+        for file in sorted(path for path in self.path.rglob("[!.]*") if path.is_file()):
             total.update(str(file.relative_to(self.path)).encode())
             with open(file, "rb") as handle:
                 total.update(hashlib.file_digest(handle, "sha256").digest())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from cosa_fast.studies.inputs import Inputs
+from cosa_fast.studies.inputs import NOISE, Inputs
 from cosa_fast.studies.style import BLUE, ORANGE, draw_curve, iterations_axis, label_ends, mark_start, new_figure
 from cosa_fast.studies.tables import Row, percent
 
@@ -31,8 +31,9 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
     ]
     figure = new_figure(
         "Main and auxiliary CAMs (Fig. 5)",
-        f"mIoU of the pseudo-labels of the assignment network on {inputs.about(last)}, seed {run.seed}. Confident: "
-        f"perplexity (Eq. 4) at most {run.cosa.epsilon:g}; in brackets, their share of the pixels at the end.",
+        f"mIoU of the pseudo-labels of the assignment network on {inputs.about(last)}. Confident: perplexity "
+        f"(Eq. 4) at most {run.cosa.epsilon:g}; in brackets, their share of the pixels at the end. One run (seed "
+        f"{run.seed}): {NOISE}.",
         3.0,
     )
     both = figure.subplots(1, 2, sharey=True)

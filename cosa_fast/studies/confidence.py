@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import NullLocator
 
-from cosa_fast.studies.inputs import Inputs
+from cosa_fast.studies.inputs import NOISE, Inputs
 from cosa_fast.studies.runs import Run, Validation
 from cosa_fast.studies.stats import Counts, Floats, pearson
 from cosa_fast.studies.style import INK, ORANGE, SKY, grid, new_figure
@@ -68,8 +68,8 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
         ]
     figure = new_figure(
         "Confidence, perplexity and accuracy of the CAM pseudo-labels (Fig. 3)",
-        f"Assignment network on {inputs.about(last)}, seed {run.seed}. r: Pearson correlation of perplexity (Eq. 4) "
-        "and accuracy over 256 confidence bins, each weighted by its pixels.",
+        f"Assignment network on {inputs.about(last)}. r: Pearson correlation of perplexity (Eq. 4) and accuracy "
+        f"over 256 confidence bins, each weighted by its pixels. One run (seed {run.seed}): {NOISE}.",
         5.6,
     )
     axes = figure.subplot_mosaic([["heat", "heat"], ["correlation", "histogram"]], height_ratios=(1, 1.15))

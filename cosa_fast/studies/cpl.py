@@ -24,11 +24,12 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
     """The table and the figure; one panel for the training split, one for the first evaluation split."""
     table = inputs.table("cpl")
     splits = {inputs.index.train_split: "train", inputs.index.eval_splits[0]: "val"}
+    ours = {split: f"{split}, {len(inputs.index.splits[split]):,} images" for split in splits}
     rows: list[Row] = []
     panels = []
     for split, role in splits.items():
         values = [table.get(split, system, SETTING) for system in LABELS]
-        panels.append(Panel(split, {"": [summarise([value]) for value in values]}))
+        panels.append(Panel(ours[split].replace(", ", ",\n", 1), {"": [summarise([value]) for value in values]}))
         for system, value in zip(LABELS, values, strict=True):
             known = _published(system, role)
             rows.append(
@@ -39,7 +40,9 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
                     "setting": SETTING,
                     "miou": percent(value),
                     "paper_voc": percent(known),
-                    "note": "not in the paper" if known is None else inputs.paper_note(f"VOC 2012 {role}", split),
+                    "note": f"ours: {inputs.dataset}, {ours[split]}; not in the paper"
+                    if known is None
+                    else inputs.paper_note(f"VOC 2012 {role}, {paper.VOC_IMAGES[role]:,} images", ours[split]),
                 }
             )
     columns = {
@@ -47,7 +50,9 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
     }
     figure = dot_figure(
         "Quality of the CAM pseudo-labels (Table 2)",
-        f"mIoU [%] on {inputs.dataset}; the classes of an image come from its image-level labels.",
+        f"mIoU [%] on {inputs.dataset}; the classes of an image come from its image-level labels. Ours: "
+        f"{' and '.join(f'{split} ({len(inputs.index.splits[split]):,} images)' for split in splits)}; the paper's: "
+        f"{' and '.join(f'VOC {role} ({count:,})' for role, count in paper.VOC_IMAGES.items())}.",
         Rows(list(LABELS.values()), columns=columns),
         panels,
         {"": BLUE},

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from cosa_fast.studies import paper
 from cosa_fast.studies.dots import Panel, Rows, dot_figure
-from cosa_fast.studies.inputs import Inputs
+from cosa_fast.studies.inputs import NOISE, ONE_RUN, Inputs
 from cosa_fast.studies.needs import GUIDANCE
 from cosa_fast.studies.stats import summarise
 from cosa_fast.studies.style import BLUE
@@ -38,14 +38,14 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
             "difference_to_no_guidance": "" if variant == "no_gc" else signed(values[variant] - values["no_gc"]),
             "paper_voc_train": percent(paper.GUIDANCE[variant].first),
             "paper_voc_val": percent(paper.GUIDANCE[variant].second),
-            "note": inputs.paper_note("VOC 2012", f"{record.split}, one run"),
+            "note": f"{inputs.paper_note('VOC 2012', record.split)}; {ONE_RUN}",
         }
         for variant, (source, detached, _) in zip(GUIDANCE, DESCRIPTIONS, strict=True)
     ]
     figure = dot_figure(
         "What guides the CAMs (Table 4a)",
-        f"mIoU [%] of the CAM pseudo-labels of the assignment network on {inputs.about(record)}, at the end of one "
-        f"training each (seed {seed}). SPL: segmentation pseudo-labels.",
+        f"mIoU [%] of the CAM pseudo-labels of the assignment network on {inputs.about(record)}, at the end of the "
+        f"training. SPL: segmentation pseudo-labels. One run per row (seed {seed}): {NOISE}.",
         Rows(
             [label for _, _, label in DESCRIPTIONS],
             columns={

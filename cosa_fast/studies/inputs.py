@@ -11,6 +11,10 @@ from cosa_fast.data.index import Index
 from cosa_fast.studies.runs import Run, Validation, load_run
 from cosa_fast.studies.tables import IouTable, read_iou_table
 
+NOISE = "see the ladder's intervals for the spread between seeds"
+"""Of studies with a single run per row or curve: small differences between them mean nothing."""
+ONE_RUN = f"one run per row: {NOISE}"
+"""Note of a table's row."""
 RunPaths = Mapping[str, Mapping[int, Path]]
 
 

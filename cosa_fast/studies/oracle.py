@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from cosa_fast.studies.inputs import Inputs
+from cosa_fast.studies.inputs import NOISE, Inputs
 from cosa_fast.studies.needs import ORACLE
 from cosa_fast.studies.style import (
     BLUE,
@@ -49,8 +49,8 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
     first = start // 2 if start < last.iteration else 0  # what comes before is high and the same for all
     figure = new_figure(
         "CAMs guided by the truth, by pseudo-labels, by nothing and by noise (Fig. 1)",
-        f"Assignment network on {inputs.about(last)}; one training each (seed {reference.seed})."
-        + (f" From iteration {first:,}; the table has all." if first else ""),
+        f"Assignment network on {inputs.about(last)}. One run per curve (seed {reference.seed}): "
+        f"{NOISE}." + (f" From iteration {first:,}; the table has all." if first else ""),
         3.0,
     )
     for axes, title, unit, quantity in zip(

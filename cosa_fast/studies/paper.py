@@ -46,6 +46,9 @@ CPL: dict[str, Voc] = {
 }
 """Table 2: mIoU of the CAM pseudo-labels on VOC train and val."""
 
+VOC_IMAGES = {"train": 1464, "val": 1449}
+"""Of those splits: VOC 2012's own segmentation lists, without SBD."""
+
 LADDER: dict[str, Both] = {
     "baseline": Both(55.96, 37.32),
     "gc": Both(63.09, 42.55),

@@ -20,6 +20,7 @@ from cosa_fast.studies.tables import Row, percent
 COEXISTING_ROWS, OTHER_ROWS = 5, 3
 """At most so many images with and without coexisting classes."""
 WITHOUT_CSC = "CAM without CSC"
+TWO_TRAININGS = f"{WITHOUT_CSC}: of a second training, which may have another seed"
 COLUMNS = {
     "image": "image",
     WITHOUT_CSC: WITHOUT_CSC,
@@ -74,6 +75,7 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
             "labels": " ".join(picture.labels),
             "coexisting": "yes" if coexisting & set(picture.labels) else "no",
             "miou_label_free": percent(picture.iou),
+            "note": "" if other is None else TWO_TRAININGS,
         }
         for number, picture in enumerate(chosen, start=1)
     ]
@@ -120,7 +122,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Picture]]:
 
 
 def _draw(inputs: Inputs, content: dict[str, Any], chosen: Sequence[Picture], columns: Sequence[str]) -> Figure:
-    side, gap, head, foot, words = 0.1, 0.05, 0.78, 0.45, 0.24
+    about = [
+        f"{inputs.dataset}, {content['split']}; the gallery's first images of the coexisting classes "
+        f"({', '.join(inputs.studies.coexisting)}), then of others"
+    ]
+    if WITHOUT_CSC in columns:
+        about.append(TWO_TRAININGS)
+    side, gap, head, foot, words = 0.1, 0.05, 0.62 + 0.16 * len(about), 0.45, 0.24
     width = (WIDTH - 2 * side + gap) / len(columns) - gap
     heights = [width * picture.height / picture.width for picture in chosen]
     total = head + sum(heights) + words * len(chosen) + foot
@@ -130,8 +138,7 @@ def _draw(inputs: Inputs, content: dict[str, Any], chosen: Sequence[Picture], co
     figure.text(
         side / WIDTH,
         1 - 0.36 / total,
-        f"{inputs.dataset}, {content['split']}; the gallery's first images of the coexisting classes "
-        f"({', '.join(inputs.studies.coexisting)}), then of others",
+        "\n".join(about),
         va="top",
         fontsize=8.5,
         color=MUTED,

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from cosa_fast.studies.inputs import Inputs
+from cosa_fast.studies.inputs import NOISE, Inputs
 from cosa_fast.studies.runs import Run
 from cosa_fast.studies.stats import Floats
 from cosa_fast.studies.style import (
@@ -45,8 +45,9 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
     last = reference.last()
     figure = new_figure(
         "Reliability-based adaptive weighting (Fig. 9)",
-        f"CAM pseudo-labels of the assignment network on {inputs.about(last)}, seed {reference.seed}. Boxes: quartiles "
-        "over images at the end; diamonds: means. MAE to (1, 0): mean of 1 - IoU and perplexity.",
+        f"CAM pseudo-labels of the assignment network on {inputs.about(last)}. Boxes: quartiles over images at the "
+        "end; diamonds: means. MAE to (1, 0): mean of 1 - IoU and perplexity. One run with and one without (seed "
+        f"{reference.seed}): {NOISE}.",
         3.0,
     )
     axes = figure.subplots(1, 4, width_ratios=(1, 1, 1, 2.7))

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,15 @@ from cosa_fast.studies.stats import Counts, Floats, bin_centres, iou, mean_iou, 
 
 HEADER = "cosa-fast"
 """Key of the checkpoint metadata; `cosa_fast.models.checkpoint.HEADER`, which cannot be had without torch."""
+Kind = Literal["cosa", "segmenter"]
+"""What a checkpoint may hold: CoSA or CoSA-MS."""
+STAGES = {"cosa": "train", "segmenter": "multistage"}
+"""The stages that write them."""
+FIELDS: dict[Kind, tuple[str, ...]] = {
+    "cosa": ("dataset", "iteration", "config.model.name", "config.cosa", "config.train"),
+    "segmenter": ("config.architecture", "config.encoder"),
+}
+"""What their metadata must have for the studies."""
 QUANTITIES = (
     "seg_free",
     "seg_filtered",
@@ -94,12 +103,12 @@ def load_run(variant: str, seed: int, prefix: Path) -> Run:
     """Read `<prefix>.safetensors` (its metadata only) and `<prefix>.validation.jsonl`.
 
     Raises:
-        ValueError: a file is missing, damaged or incomplete, or is of another seed.
+        ValueError: a file is missing, damaged or incomplete, is of another seed or of CoSA-MS.
     """
     checkpoint = prefix.with_name(f"{prefix.name}.safetensors")
     path = prefix.with_name(f"{prefix.name}.validation.jsonl")
     remedy = f"make it with `snakemake --cores all {checkpoint}` and validation.every above 0"
-    metadata = checkpoint_metadata(checkpoint, remedy)
+    metadata = checkpoint_metadata(checkpoint, "cosa", remedy)
     config = config_from_mapping(metadata["config"], source=str(checkpoint))
     if config.train.seed != seed:
         raise ValueError(
@@ -119,11 +128,11 @@ def load_run(variant: str, seed: int, prefix: Path) -> Run:
     return run
 
 
-def checkpoint_metadata(path: Path, remedy: str) -> dict[str, Any]:
-    """The JSON metadata of a checkpoint, without its weights.
+def checkpoint_metadata(path: Path, kind: Kind, remedy: str) -> dict[str, Any]:
+    """The JSON metadata of a checkpoint, without its weights; all `FIELDS` are there.
 
     Raises:
-        ValueError: the file is missing, damaged or of another program.
+        ValueError: the file is missing, damaged, of the other kind or of another program.
     """
     try:
         with safe_open(str(path), framework="np") as handle:
@@ -133,8 +142,26 @@ def checkpoint_metadata(path: Path, remedy: str) -> dict[str, Any]:
         raise ValueError(f"the checkpoint {path} {problem}: {remedy}") from None
     if HEADER not in header:
         raise ValueError(f"{path} is no checkpoint of cosa-fast: {remedy}")
-    content: dict[str, Any] = json.loads(header[HEADER])
+    try:
+        content: dict[str, Any] = json.loads(header[HEADER])
+        found = content["kind"]
+        absent = [name for name in FIELDS[kind] if not _has(content, name)] if found == kind else []
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"the metadata of {path} is damaged ({error!r}): delete it, then {remedy}") from None
+    if found != kind:
+        raise ValueError(f"{path} holds a {found!r} model, wanted {kind!r}: give the `{STAGES[kind]}` stage's output")
+    if absent:
+        raise ValueError(f"the metadata of {path} lacks {', '.join(absent)}: delete it, then {remedy}")
     return content
+
+
+def _has(content: object, name: str) -> bool:
+    """Whether nested mappings have a dotted name."""
+    for part in name.split("."):
+        if not isinstance(content, dict) or part not in content:
+            return False
+        content = content[part]
+    return True
 
 
 def _validations(path: Path, remedy: str) -> Iterator[Validation]:

@@ -15,9 +15,8 @@ from cosa_fast.studies.inputs import Inputs
 from cosa_fast.studies.style import BLUE, GRID, ORANGE, new_figure
 from cosa_fast.studies.tables import Row, fixed, percent, read_table
 
-COLUMNS = (
-    "system", "scales", "flip", "batch", "crf", "images_per_second", "spread", "device", "threads", "torch", "date",
-)  # fmt: skip
+RATES = ("images_per_second", "slowest", "fastest")
+COLUMNS = ("system", "scales", "flip", "batch", "crf", *RATES, "device", "threads", "torch", "date", "images")
 """Of the table that `cosa-fast speed` writes."""
 TABLES = {"none": "main", "release": "crf_release", "standard": "crf_standard"}
 NETWORKS = {"CoSA": "ViT-B", "CoSA-MS": "R101"}
@@ -31,8 +30,9 @@ class Speed:
     cells: dict[str, str]
     rate: float
     """Median images per second."""
-    spread: float
-    """Largest less smallest of the repeated measurements."""
+    slowest: float
+    """Of the repeated measurements."""
+    fastest: float
     free: float | None
     """mIoU in percent, label-free; None: not evaluated with these scales."""
     filtered: float | None
@@ -69,9 +69,9 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
     names = list(dict.fromkeys(speed.name for speed in speeds))
     figure = new_figure(
         "Speed with and without CRF (Table 4c)",
-        f"{inputs.dataset}, {split}, on {'; '.join(machines)}, {' and '.join(dates)}. Dots: median; bars: range of "
-        "repeated measurements. Columns: without / with CRF. mIoU label-filtered, where it was measured with these "
-        "scales; the paper's is on VOC val, its images per second are of CoSA-MS R101 on an RTX 3090.",
+        f"{inputs.dataset}, {split}, on {'; '.join(machines)}, {' and '.join(dates)}. Dots: median; bars: from the "
+        "slowest to the fastest measurement. Columns: without / with CRF. mIoU label-filtered, where it was measured "
+        "with these scales; the paper's is on VOC val, its images per second are of CoSA-MS R101 on an RTX 3090.",
         0.9 + 0.42 * len(names),
     )
     axes = figure.subplots(1, 2, width_ratios=(2.6, 2.2), sharey=True)
@@ -93,7 +93,9 @@ def _read(inputs: Inputs) -> list[Speed]:
     speeds = []
     for number, cells in enumerate(lines, start=2):
         try:
-            rate, spread = float(cells["images_per_second"]), float(cells["spread"])
+            rate, slowest, fastest = (float(cells[column]) for column in RATES)
+            if not 0 < slowest <= rate <= fastest:
+                raise ValueError(f"{rate:g} images per second are not between {slowest:g} and {fastest:g}")
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}: {remedy}") from None
         system = cells["system"] if cells["crf"] == "none" else f"{cells['system']} + CRF"
@@ -103,7 +105,7 @@ def _read(inputs: Inputs) -> list[Speed]:
             tables[cells["crf"]].get(split, system, setting) if evaluated else None
             for setting in ("label-free", "label-filtered")
         )
-        speeds.append(Speed(cells, rate, spread, free, filtered))
+        speeds.append(Speed(cells, rate, slowest, fastest, free, filtered))
     return speeds
 
 
@@ -115,9 +117,11 @@ def _row(inputs: Inputs, split: str, speed: Speed) -> Row:
     return {
         "dataset": inputs.dataset,
         "split": split,
-        **{column: cells[column] for column in COLUMNS if column not in ("images_per_second", "spread")},
-        "images_per_second": fixed(speed.rate, 2),
-        "spread": fixed(speed.spread, 2),
+        **{column: cells[column] for column in COLUMNS if column not in RATES},
+        **{
+            column: fixed(value, 2)
+            for column, value in zip(RATES, (speed.rate, speed.slowest, speed.fastest), strict=True)
+        },
         "miou_label_free": percent(speed.free),
         "miou_label_filtered": percent(speed.filtered),
         "paper_images_per_second": fixed(rate, 2),
@@ -137,7 +141,8 @@ def _draw(axes: Axes, speeds: Sequence[Speed], names: Sequence[str]) -> None:
         axes.plot([speed.rate for speed in mine], [row] * len(mine), color="#9aa0a6", linewidth=1.5)
         for speed in mine:
             colour = ORANGE if speed.crf else BLUE
-            axes.errorbar(speed.rate, row, xerr=speed.spread / 2, color=colour, marker="o", markersize=6, mec="white")
+            reach = [[speed.rate - speed.slowest], [speed.fastest - speed.rate]]
+            axes.errorbar(speed.rate, row, xerr=reach, color=colour, marker="o", markersize=6, mec="white")
             axes.annotate(
                 f"{speed.rate:.3g}",
                 (speed.rate, row),

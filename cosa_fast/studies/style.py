@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -127,11 +128,12 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], gap: float = 
     """Write the names of lines right of the axes, at the height where each ends, apart from one another.
 
     Args:
-        ends: last y value, text and colour of each line; the limits of the y axis must be final.
+        ends: last y value, text and colour of each line; the limits of the y axis must be final. A line whose value is
+            NaN, which is not drawn there, gets no name.
         gap: least distance between two labels, in heights of the axes.
     """
     low, high = axes.get_ylim()
-    ordered = sorted(ends, key=lambda end: end[0])
+    ordered = sorted((end for end in ends if not math.isnan(end[0])), key=lambda end: end[0])
     wanted = [(value - low) / (high - low) for value, _, _ in ordered]
     places: list[float] = []
     for place in wanted:

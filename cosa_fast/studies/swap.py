@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from matplotlib.figure import Figure
 
-from cosa_fast.studies.inputs import Inputs
+from cosa_fast.studies.inputs import NOISE, Inputs
 from cosa_fast.studies.style import BLUE, ORANGE, draw_curve, iterations_axis, label_ends, mark_start, new_figure
 from cosa_fast.studies.tables import Row, percent
 
@@ -36,8 +36,8 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
     last = reference.last()
     figure = new_figure(
         "The two networks, with and without swapping assignments (Fig. 8)",
-        f"{inputs.about(last)}, seed {reference.seed}. Solid: online network (ON); dashed: assignment network (AN), "
-        "its moving average, which makes the pseudo-labels only with SA.",
+        f"{inputs.about(last)}. Solid: online network (ON); dashed: assignment network (AN), its moving average, "
+        f"which makes the pseudo-labels only with SA. One run with and one without (seed {reference.seed}): {NOISE}.",
         3.0,
     )
     for axes, title, quantity in zip(

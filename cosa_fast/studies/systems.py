@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 from cosa_fast.studies import paper
 from cosa_fast.studies.dots import Panel, Rows, dot_figure
 from cosa_fast.studies.inputs import Inputs
-from cosa_fast.studies.runs import checkpoint_metadata
+from cosa_fast.studies.runs import Kind, checkpoint_metadata
 from cosa_fast.studies.stats import summarise
 from cosa_fast.studies.style import BLUE, ORANGE
 from cosa_fast.studies.tables import Row, percent
 
 SETTINGS = {"label-free": BLUE, "label-filtered": ORANGE}
-SIGNS = {"R101": "resnet101", "WR38": "38", "SWIN": "swin"}
+SIGNS = {"R101": "resnet101", "WR38": "resnet38", "SWIN": "swin"}
 """The paper's networks of CoSA-MS and what ours have in their names."""
 PUBLISHED = {("val", "label-filtered"): "voc_val", ("test", "label-free"): "voc_test"}
 """What the paper's numbers are of: the labels of VOC test are not available (footnote 3)."""
@@ -97,8 +97,8 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
 
 def _systems(inputs: Inputs) -> Iterator[System]:
     """Our rows and those that only the paper has."""
-    encoder = _config(inputs, "cosa")["model"]["name"]
-    segmenter = _config(inputs, "segmenter")
+    encoder = _metadata(inputs, "cosa")["config"]["model"]["name"]
+    segmenter = _metadata(inputs, "segmenter")["config"]
     network = f"{segmenter['architecture']} {segmenter['encoder']}"
     known = next((name for name, sign in SIGNS.items() if sign in network.lower()), None)
     for system, ours, theirs in (("CoSA", encoder, "ViT-B"), ("CoSA-MS", network, known)):
@@ -110,13 +110,12 @@ def _systems(inputs: Inputs) -> Iterator[System]:
             yield System(system, theirs, theirs, "none", None)
 
 
-def _config(inputs: Inputs, name: str) -> dict[str, Any]:
-    """The configuration in a checkpoint's metadata."""
+def _metadata(inputs: Inputs, name: Kind) -> dict[str, Any]:
+    """What the checkpoint of this name says of itself."""
     if name not in inputs.checkpoints:
         raise ValueError(f"this study needs the checkpoint {name!r}: give --checkpoint {name}:PATH")
     path = inputs.checkpoints[name]
-    config: dict[str, Any] = checkpoint_metadata(path, f"make it with `snakemake --cores all {path}`")["config"]
-    return config
+    return checkpoint_metadata(path, name, f"make it with `snakemake --cores all {path}`")
 
 
 def _label(system: System) -> str:

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from cosa_fast.studies import paper
-from cosa_fast.studies.inputs import Inputs
+from cosa_fast.studies.inputs import NOISE, ONE_RUN, Inputs
 from cosa_fast.studies.needs import needs
 from cosa_fast.studies.runs import Run
 from cosa_fast.studies.style import (
@@ -43,8 +43,8 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
     last = dynamic.last()
     figure = new_figure(
         "Fixed thresholds and the dynamic one",
-        f"Assignment network on {inputs.about(last)}, at the end of one training each (seed {dynamic.seed}). Diamonds "
-        "and dotted lines: dynamic threshold, at its last value.",
+        f"Assignment network on {inputs.about(last)}, at the end of the training. Diamonds and dotted lines: dynamic "
+        f"threshold, at its last value. One run per threshold (seed {dynamic.seed}): {NOISE}.",
         3.1,
     )
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
@@ -92,7 +92,11 @@ def _draw_quality(axes: Axes, ordered: list[Run], dynamic: Run) -> None:
 def _row(inputs: Inputs, run: Run, best: Run) -> Row:
     last = run.last()
     dynamic = run.cosa.dynamic_threshold
+    notes = [ONE_RUN]
     known = paper.DYNAMIC_THRESHOLD if dynamic else paper.BEST_FIXED_THRESHOLD if run is best else None
+    if known is not None:
+        which = "dynamic" if dynamic else "best fixed"
+        notes.insert(0, inputs.paper_note(f"VOC 2012 val, label-filtered, {which} threshold", last.split))
     return {
         **inputs.identity(last),
         "variant": run.variant,
@@ -103,10 +107,5 @@ def _row(inputs: Inputs, run: Run, best: Run) -> Row:
         "seg_miou_label_free": percent(last.miou("seg_free")),
         "seg_miou_label_filtered": percent(last.miou("seg_filtered")),
         "paper_voc": percent(known),
-        "note": ""
-        if known is None
-        else inputs.paper_note(
-            f"VOC 2012 val, label-filtered, {'dynamic' if dynamic else 'best fixed'} threshold",
-            f"{last.split}, one run",
-        ),
+        "note": "; ".join(notes),
     }

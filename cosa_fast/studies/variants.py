@@ -7,7 +7,7 @@ from typing import Any
 
 from cosa_fast.config import Config
 
-_NONE = {"guidance": "none", "swap": False, "raw": False, "csc": False, "dynamic_threshold": False}
+_NONE = {"guidance": "none", "swap": False, "raw": False, "csc": False, "dynamic_threshold": False, "ignore_band": None}
 _ALL = {"guidance": "spl", "swap": True, "raw": True, "csc": True, "dynamic_threshold": True, "ignore_band": None}
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {

@@ -89,6 +89,8 @@ def run(
         require_space(folder, 4 * size, f"{name} (two checkpoints and the result)")
         writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
         metrics, records = (_truncate_log(folder / f"{log}.jsonl", start) for log in ("metrics", "validation"))
+        if validation is None:
+            records.unlink(missing_ok=True)
         for leftover in folder.glob(f".{path.name}.*.tmp"):  # of a process killed while it saved
             leftover.unlink()
         totals: dict[str, Tensor] = {}
@@ -154,9 +156,11 @@ def finish(folder: Path, output: Path) -> None:
     `results/cosa.validation.jsonl`.
     """
     for log in ("metrics", "validation"):
-        path = folder / f"{log}.jsonl"
+        path, target = folder / f"{log}.jsonl", output.with_suffix(f".{log}.jsonl")
         if path.exists():
-            write_atomically(output.with_suffix(f".{log}.jsonl"), path.read_bytes())
+            write_atomically(target, path.read_bytes())
+        else:
+            target.unlink(missing_ok=True)  # an earlier run's
     (folder / "state.pt").unlink(missing_ok=True)
 
 
@@ -204,6 +208,8 @@ def _begin(origin: Origin, folder: Path, state: Mapping[str, Stateful], name: st
         raise ValueError(
             f"{origin.folder} is a warm-up with other settings ({'; '.join(difference[:5])}): make it again"
         )
+    for log_file in folder.glob("*.jsonl"):  # of another run
+        log_file.unlink()
     shutil.copytree(origin.folder, folder, ignore=shutil.ignore_patterns(path.name), dirs_exist_ok=True)
     log.info("%s: beginning at iteration %d with %s", name, saved["iteration"], origin.folder)
     return _restore(saved, state)
@@ -234,10 +240,16 @@ def _difference(old: Any, new: Any, place: str = "") -> list[str]:
 
 
 def _truncate_log(path: Path, start: int) -> Path:
-    """Drop lines past the resumed iteration: they will be written again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [line for line in lines if start and json.loads(line)["iteration"] <= start]
+    """Drop lines past the resumed iteration, which will be written again, and one that a full disk cut short."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() and start else []:
+        try:
+            if json.loads(line)["iteration"] <= start:
+                kept.append(line)
+        except json.JSONDecodeError:
+            continue
+    path.unlink(missing_ok=True)
+    if kept:
         write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
     return path
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from cosa_kernels import upsample_cross_entropy
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL.Image import Resampling
 from torch import Tensor
@@ -142,8 +142,9 @@ class SegmenterTrainer:
         self.net.train()
         with self.runtime.autocast():
             logits = self.net(images)
+        total = F.cross_entropy(logits.float(), batch.labels.long(), ignore_index=IGNORED, reduction="sum")
         # 0 rather than NaN for a batch whose every pixel is ignored.
-        loss = upsample_cross_entropy(logits, batch.labels, ignore_index=IGNORED)
+        loss = total / (batch.labels != IGNORED).sum().clamp(min=1)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()

@@ -10,13 +10,26 @@ from typing import Any
 import torch
 from cosa_kernels import cam_pseudo_labels
 from torch import Tensor
-from torchmetrics.classification import MultilabelAveragePrecision
+from torchmetrics.functional.classification import binary_average_precision
 
 from cosa_fast.config import AugmentConfig, CosaConfig, ValidationConfig
 from cosa_fast.data.classes import IGNORED
 from cosa_fast.data.index import Image, Index
 from cosa_fast.data.masks import load_masks, read_mask
-from cosa_fast.inference import chunks, label_map, normalise, predict, prefetch, read_rgb, resize, square
+from cosa_fast.inference import (
+    Prediction,
+    cam_label_map,
+    chunks,
+    label_maps,
+    mask_values,
+    normalise,
+    predict,
+    prefetch,
+    read_rgb,
+    resize,
+    square,
+    to_device,
+)
 from cosa_fast.metrics import confusion_matrix, iou_per_class
 from cosa_fast.models.cosa import CosaNet
 from cosa_fast.runtime import Runtime
@@ -87,22 +100,21 @@ class Validator:
         modes = {name: net.training for name, net in networks.items()}
         tallies = {name: _Tally(len(self.dataset.classes), self.machine.device) for name in networks}
         position = 0
-        with torch.inference_mode():
+        # Eager, because the shapes of whole images would use up the compiler's patience with those of the training.
+        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
             for batch in chunks(self._samples(chosen), self.config.batch_size):
                 pixels = torch.stack([image for image, _ in batch])
                 images = normalise(pixels, self.augment.mean, self.augment.std, self.machine.device)
-                present = labels[position : position + len(batch)].to(self.machine.device)
+                present = to_device(labels[position : position + len(batch)], self.machine.device)
+                truths = [to_device(mask, self.machine.device) for _, mask in batch]
+                kept = [mask_values(image, self.machine.device) for image in chosen[position : position + len(batch)]]
                 position += len(batch)
                 for name, net in networks.items():
                     net.eval()
                     prediction = predict(net, images, present, self.config.scales, self.config.flip, self.machine)
                     tallies[name].logits.append(prediction.logits)
-                    for slot, (_, mask) in enumerate(batch):
-                        truth = mask.to(self.machine.device)
-                        size = (truth.shape[0], truth.shape[1])
-                        cams, aux_cams = (resize(part[slot], size) for part in (prediction.cams, prediction.aux_cams))
-                        seg = resize(prediction.seg[slot], size)
-                        tallies[name].add(truth, present[slot], cams, aux_cams, seg, thresholds, self.cosa)
+                    for slot, truth in enumerate(truths):
+                        tallies[name].add(truth, kept[slot], prediction, slot, thresholds, self.cosa)
         for name, net in networks.items():
             net.train(modes[name])
         ids = [image.id for image in chosen] if last else None
@@ -141,35 +153,32 @@ class _Tally:
     def add(
         self,
         truth: Tensor,
-        present: Tensor,
-        cams: Tensor,
-        aux_cams: Tensor,
-        seg: Tensor,
+        kept: Tensor,
+        prediction: Prediction,
+        slot: int,
         thresholds: Thresholds,
         cosa: CosaConfig,
     ) -> None:
-        """Count one image: (H, W) truth, (C,) labels, (C, H, W) CAMs in [0, 1], (C + 1, H, W) logits."""
-        self._count("seg_free", truth, label_map(seg))
-        self._count("seg_filtered", truth, label_map(seg, present))
-        both = 0.5 * (cams + aux_cams)
-        self._count("ensemble", truth, cam_pseudo_labels(both[None], 0.5 * (thresholds.main + thresholds.aux))[0][0])
-        known = truth != IGNORED
+        """Count one image of a batch: its (H, W) truth, and the (P + 1,) mask values of its labels."""
+        size = (truth.shape[0], truth.shape[1])
+        free, filtered = label_maps(prediction.seg_bands(slot, size), size, kept)
+        self._count("seg_free", truth, free)
+        self._count("seg_filtered", truth, filtered)
+        cams, aux_cams = prediction.cams_of(slot, kept)
+        middle = 0.5 * (thresholds.main + thresholds.aux)
+        self._count("ensemble", truth, cam_label_map(0.5 * (cams + aux_cams), middle, size, kept))
         for kind, (name, maps, xi) in enumerate(
             (("cam", cams, thresholds.main), ("aux_cam", aux_cams, thresholds.aux))
         ):
-            labels, perplexity = (
-                values[0]
-                for values in cam_pseudo_labels(
-                    maps[None], xi, lambda_alpha=cosa.lambda_alpha, lambda_beta=cosa.lambda_beta
-                )
+            classes, perplexities = cam_pseudo_labels(
+                maps[None], xi, size=size, lambda_alpha=cosa.lambda_alpha, lambda_beta=cosa.lambda_beta
             )
+            labels, perplexity = kept[classes[0].int()], perplexities[0]
             confusion = self._count(name, truth, labels)
-            unsure = torch.where(perplexity <= cosa.epsilon, truth, IGNORED)
-            self._count(f"{name}_confident", unsure, labels)
-            bins = (maps.amax(dim=0) * BINS).long().clamp(max=BINS - 1)
+            self._count(f"{name}_confident", torch.where(perplexity <= cosa.epsilon, truth, IGNORED), labels)
+            bins = (resize(maps, size).amax(dim=0) * BINS).long().clamp(max=BINS - 1)
             cells = ((kind * 2 + (labels == truth)) * BINS + bins).flatten()
-            counts = torch.bincount(cells, weights=known.flatten().double(), minlength=4 * BINS)
-            self.confidence += counts.long().view(2, 2, BINS)
+            self.confidence.view(-1).scatter_add_(0, cells, (truth != IGNORED).flatten().long())
             if name == "cam":
                 self.image_iou.append(iou_per_class(confusion).nanmean())
                 self.image_perplexity.append(perplexity.clamp(max=UNSURE).mean())
@@ -180,13 +189,13 @@ class _Tally:
         return confusion
 
     def record(self, labels: Tensor, ids: list[str] | None) -> dict[str, Any]:
-        """Plain numbers; the only wait for the device."""
-        shown = labels.sum(dim=0) > 0  # the precision of a class without images is undefined
-        scores = torch.cat(self.logits)[:, shown].float().cpu().sigmoid()
-        precision = MultilabelAveragePrecision(int(shown.sum()), average="macro")(scores, labels[:, shown].int())
+        """Plain numbers; here the host waits for the device."""
+        scores = torch.cat(self.logits).float().cpu().sigmoid()
+        shown = labels.any(dim=0).nonzero().flatten().tolist()  # without an image, a class has no precision
+        precisions = [float(binary_average_precision(scores[:, c], labels[:, c].int())) for c in shown]
         wrong, right = self.confidence.cpu().unbind(dim=1)
         record: dict[str, Any] = {
-            "mean_average_precision": round(float(precision), 6),
+            "mean_average_precision": round(sum(precisions) / len(shown), 6) if shown else None,
             **{name: _pixel_counts(matrix.cpu()) for name, matrix in self.confusion.items()},
             "confidence": {"right": right[0].tolist(), "wrong": wrong[0].tolist()},
             "aux_confidence": {"right": right[1].tolist(), "wrong": wrong[1].tolist()},
@@ -210,7 +219,8 @@ def _pixel_counts(confusion: Tensor) -> dict[str, list[int]]:
 
 def summary(record: Mapping[str, Any]) -> dict[str, float]:
     """The mIoU figures of a record, for the log and TensorBoard."""
-    figures = {"mean_average_precision": float(record["mean_average_precision"])}
+    precision = record["mean_average_precision"]
+    figures = {} if precision is None else {"mean_average_precision": float(precision)}
     for name in ("seg_free", "seg_filtered", "cam", "aux_cam", "ensemble"):
         counts = {key: torch.tensor(values, dtype=torch.float64) for key, values in record[name].items()}
         iou = counts["hits"] / (counts["truth"] + counts["predicted"] - counts["hits"])

@@ -1,5 +1,6 @@
 import hashlib
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -81,12 +82,6 @@ PRODUCTS = [MIOU, PER_CLASS, PANEL] if SCORED else [STORE, SEGMENTER]
 # Without a split with masks there is nothing to validate on.
 VALIDATION = CONFIG.validation.model_copy(update={} if SCORED else {"every": 0})
 VALIDATED = VALIDATION.every > 0
-MACHINE = to_flags(
-    CONFIG.model_copy(update={"validation": VALIDATION}),
-    "loader",
-    "validation",
-    "runtime",
-)
 
 GPUS = (
     0 if CONFIG.runtime.device == "cpu" else 1
@@ -105,13 +100,36 @@ def training_inputs(run) -> dict[str, Path]:
     files = {"index": TRAIN_INDEX}
     if run.cosa.guidance == "gt":
         files["masks"] = MASKS
-    elif VALIDATED:  # only looked at: newer ones are no reason to train again
+    elif (
+        SCORED
+    ):  # only looked at, by the validation: newer ones are no reason to train again
         files["masks"] = ancient(MASKS)
-    if VALIDATED:
+    if SCORED:
         files["validation_index"] = ancient(INDEX)
     if 0 < run.train.guidance_start < run.train.iterations:
         files["warmup"] = RESULTS / "warmups" / warmup_key(run)
     return files
+
+
+def training_files(run, input) -> str:
+    """Flags of the files that decide the result of a training."""
+    names = ["index", "warmup"] + (["masks"] if run.cosa.guidance == "gt" else [])
+    return path_flags({name: input[name] for name in names if name in input.keys()})
+
+
+def training_flags(run) -> str:
+    """The settings that do. Apart from the files: Snakemake compares no parameter that is made from the input."""
+    return to_flags(run, *DECISIVE, rhythm=False)
+
+
+def training_machine(run, input) -> str:
+    """Flags of what does not: the machine, how often the state is saved, and what is only looked at."""
+    files = {"validation_index": input.validation_index} if VALIDATED else {}
+    if VALIDATED and run.cosa.guidance != "gt":
+        files["masks"] = input.masks
+    settings = CONFIG.model_copy(update={"validation": VALIDATION})
+    flags = to_flags(settings, "loader", "validation", "runtime")
+    return f"{path_flags(files)} {flags} {to_flags(CONFIG, 'train', rhythm=True)}"
 
 
 def early(run):
@@ -122,7 +140,9 @@ def early(run):
 
 def warmup_key(run) -> str:
     """Name of the warm-up that a run begins with."""
-    return hashlib.sha256(to_flags(early(run), *DECISIVE).encode()).hexdigest()[:10]
+    return hashlib.sha256(
+        to_flags(early(run), *DECISIVE, rhythm=False).encode()
+    ).hexdigest()[:10]
 
 
 # The settings of every training that may be asked for, by the name of the warm-up it begins with.
@@ -130,7 +150,10 @@ MAIN_WARMUP = warmup_key(CONFIG)
 WARMUPS = {MAIN_WARMUP: CONFIG}
 
 # The trainings of the studies run side by side, each on one core; on a GPU they take turns.
-SIDE_BY_SIDE = CONFIG.runtime.device == "cpu" or shutil.which("nvidia-smi") is None
+SIDE_BY_SIDE = CONFIG.runtime.device == "cpu" or (
+    CONFIG.runtime.device == "auto"
+    and not any(map(shutil.which, ["nvidia-smi", "rocm-smi"]))
+)
 
 
 def threads_of(main: bool) -> int:

@@ -4,6 +4,7 @@ rule multistage:
         store=STORE,
     output:
         segmenter=SEGMENTER,
+        metrics=SEGMENTER.with_suffix(".metrics.jsonl"),
     log:
         RESULTS / "logs/multistage.log",
     benchmark:
@@ -13,10 +14,10 @@ rule multistage:
     threads: CONFIG.threads
     resources:
         gpu=GPUS,
-        machine=to_flags(CONFIG, "runtime"),
+        machine=f"{to_flags(CONFIG, 'runtime')} {to_flags(CONFIG, 'multistage', rhythm=True)}",
     params:
         resume=RESUME / "segmenter",
-        flags=to_flags(CONFIG, "multistage"),
+        flags=to_flags(CONFIG, "multistage", rhythm=False),
     message:
         "Training a segmentation network on the pseudo-labels"
     shell:

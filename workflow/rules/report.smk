@@ -11,6 +11,7 @@ rule page:
         "../envs/cosa.yaml"
     params:
         results=RESULTS,
+        studies=study_stamps(),
     message:
         "Gathering everything into {output.page}"
     shell:

@@ -4,9 +4,7 @@
 use rule train as study_train with:
     input:
         unpack(
-            lambda wildcards: training_inputs(
-                RUNS[wildcards.variant, int(wildcards.seed)]
-            )
+            lambda wildcards: training_inputs(RUNS[wildcards.variant, wildcards.seed])
         ),
     output:
         **run_files(FOLDER / "runs/{variant}/{seed}/cosa"),
@@ -14,17 +12,22 @@ use rule train as study_train with:
         RESULTS / "logs/studies/{variant}_{seed}.log",
     benchmark:
         RESULTS / "benchmarks/studies/{variant}_{seed}.tsv"
+    wildcard_constraints:
+        variant="|".join(sorted({re.escape(name) for name, _ in RUNS})),
+        seed="|".join(sorted({seed for _, seed in RUNS})),
     threads: threads_of(main=False)
     resources:
         gpu=GPUS,
-        machine=MACHINE,
+        machine=lambda wildcards, input: training_machine(
+            RUNS[wildcards.variant, wildcards.seed], input
+        ),
         stage=stage_of(main=False),
     params:
         resume=str(RESUME / "studies/{variant}_{seed}"),
-        files=lambda wildcards, input: path_flags(input),
-        flags=lambda wildcards: to_flags(
-            RUNS[wildcards.variant, int(wildcards.seed)], *DECISIVE
+        files=lambda wildcards, input: training_files(
+            RUNS[wildcards.variant, wildcards.seed], input
         ),
+        flags=lambda wildcards: training_flags(RUNS[wildcards.variant, wildcards.seed]),
     message:
         "Training the variant {wildcards.variant} with seed {wildcards.seed}"
 

@@ -4,7 +4,7 @@ FOLDER = RESULTS / "studies"
 
 # Every training that a study may ask for, by (variant, seed).
 RUNS = {
-    (name, seed): variant(CONFIG, name, seed)
+    (name, str(seed)): variant(CONFIG, name, seed)
     for name in [*VARIANTS, *map(threshold_variant, CONFIG.studies.thresholds)]
     for seed in CONFIG.studies.seeds
 }
@@ -70,6 +70,15 @@ def study_files() -> list[Path]:
 
 
 def page_inputs(wildcards) -> list[Path]:
-    """The results, and the studies that are there or asked for in the same command."""
+    """The results, and the studies if they are asked for in the same command."""
     asked = "studies" in (workflow.dag_settings.targets or [])
-    return [*PRODUCTS, *(file for file in study_files() if asked or file.exists())]
+    return [*PRODUCTS, *(study_files() if asked else [])]
+
+
+def study_stamps() -> list[str]:
+    """Which studies there are, and of when: a page without a newer one is out of date."""
+    return [
+        f"{file.name} {file.stat().st_mtime_ns}"
+        for file in study_files()
+        if file.exists()
+    ]

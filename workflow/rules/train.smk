@@ -22,12 +22,16 @@ rule warmup:
     threads: lambda wildcards: threads_of(wildcards.key == MAIN_WARMUP)
     resources:
         gpu=GPUS,
-        machine=MACHINE,
+        machine=lambda wildcards, input: training_machine(
+            early(WARMUPS[wildcards.key]), input
+        ),
         stage=lambda wildcards: stage_of(wildcards.key == MAIN_WARMUP),
     params:
         resume=str(RESUME / "warmup_{key}"),
-        files=lambda wildcards, input: path_flags(input),
-        flags=lambda wildcards: to_flags(early(WARMUPS[wildcards.key]), *DECISIVE),
+        files=lambda wildcards, input: training_files(
+            early(WARMUPS[wildcards.key]), input
+        ),
+        flags=lambda wildcards: training_flags(early(WARMUPS[wildcards.key])),
     message:
         "Training CoSA until its guidance starts"
     shell:
@@ -49,11 +53,11 @@ rule train:
     threads: CONFIG.threads
     resources:
         gpu=GPUS,
-        machine=MACHINE,
+        machine=lambda wildcards, input: training_machine(CONFIG, input),
     params:
         resume=RESUME / "cosa",
-        files=lambda wildcards, input: path_flags(input),
-        flags=to_flags(CONFIG, *DECISIVE),
+        files=lambda wildcards, input: training_files(CONFIG, input),
+        flags=lambda wildcards: training_flags(CONFIG),
     message:
         "Training CoSA from image-level labels"
     shell:

@@ -188,13 +188,13 @@ def test_logs_are_of_this_run_alone(tmp_path: Path) -> None:
             state={"model": run.model, "optimizer": run.optimizer}, step=run.step, checkpoint_every=5, log_every=4,
             validation=validation,
         )  # fmt: skip
-        loop.finish(folder, result)
+        loop.finish(folder, result, ("metrics", "validation"))
 
     go({"lr": 1}, watched)
     records = [json.loads(line) for line in result.with_suffix(".validation.jsonl").read_text().splitlines()]
     assert [record["iteration"] for record in records] == [5, 10, 15, 20, 23]
     go({"lr": 2}, None)
-    assert not result.with_suffix(".validation.jsonl").exists()
+    assert result.with_suffix(".validation.jsonl").read_text() == ""
     assert len(result.with_suffix(".metrics.jsonl").read_text().splitlines()) == 6
 
 

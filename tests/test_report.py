@@ -271,3 +271,9 @@ def test_a_chart_of_a_long_run_is_thinned_and_of_one_point_is_drawn() -> None:
     xs = [float(point.partition(",")[0]) for point in points]
     assert xs == sorted(xs)
     assert re.search(r'points="([\d.,]+) \1" class="curve', line_chart("t", [Line("a", [(5.0, 1.0)])]))
+
+
+def test_a_training_without_validation_has_no_curve_of_it(results: Path, tmp_path: Path) -> None:
+    (results / "cosa.validation.jsonl").write_text("")
+    make_report(results, tmp_path / "page.html")
+    assert "validation during the training" in (tmp_path / "page.html").read_text()

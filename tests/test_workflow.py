@@ -40,9 +40,7 @@ fi
 for output in "${outputs[@]}"; do
   case $output in
     *.zarr|*_png|*/warmups/*|*/gallery|*/no_csc) mkdir -p "$output"; output=$output/content ;;
-    *.safetensors)
-      echo $RANDOM > "${output%.*}.metrics.jsonl"
-      case $call in *"--validation.every 0"*) ;; *) echo $RANDOM > "${output%.*}.validation.jsonl" ;; esac ;;
+    *.safetensors) echo $RANDOM | tee "${output%.*}.metrics.jsonl" > "${output%.*}.validation.jsonl" ;;
   esac
   echo $RANDOM > "$output"
 done

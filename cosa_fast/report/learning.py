@@ -55,7 +55,7 @@ def learning_curves(results: Path, config: Mapping[str, Any], how: str) -> Secti
         parts.append(element("h3", TITLES.get(run, run)))
         parts.append(_training(path, read_records(path, fix), marks if run == "cosa" else [], fix))
         path = results / f"{run}.validation.jsonl"
-        if path.exists():
+        if path.exists() and path.stat().st_size:  # empty if the training was not validated
             parts.append(_validation(path, read_records(path, fix), marks if run == "cosa" else [], fix))
     return Section("curves", "Learning curves", join(*parts))
 
@@ -69,7 +69,7 @@ def starts(config: Mapping[str, Any]) -> list[Mark]:
 
 def has_validation(results: Path) -> bool:
     """Whether anything was validated during a training."""
-    return any(results.glob("*.validation.jsonl"))
+    return any(path.stat().st_size for path in results.glob("*.validation.jsonl"))
 
 
 def _training(path: Path, records: Sequence[dict[str, Any]], marks: Sequence[Mark], fix: str) -> Html:

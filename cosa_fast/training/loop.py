@@ -7,7 +7,7 @@ import logging
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -149,18 +149,16 @@ def publish(folder: Path, output: Path) -> None:
         raise ValueError(describe_os_error(error, output)) from None
 
 
-def finish(folder: Path, output: Path) -> None:
+def finish(folder: Path, output: Path, logs: Sequence[str] = ("metrics",)) -> None:
     """Once the result `output` is written: put the logs beside it, forget the saved state.
 
-    `results/cosa.safetensors` gets `results/cosa.metrics.jsonl` and, if there was validation,
-    `results/cosa.validation.jsonl`.
+    `results/cosa.safetensors` gets `results/cosa.metrics.jsonl` and so on; a log that nothing was written to is empty, so
+    that the same files stand there whatever the settings were.
     """
-    for log in ("metrics", "validation"):
-        path, target = folder / f"{log}.jsonl", output.with_suffix(f".{log}.jsonl")
-        if path.exists():
-            write_atomically(target, path.read_bytes())
-        else:
-            target.unlink(missing_ok=True)  # an earlier run's
+    for log_name in logs:
+        path = folder / f"{log_name}.jsonl"
+        content = path.read_bytes() if path.exists() else b""
+        write_atomically(output.with_suffix(f".{log_name}.jsonl"), content)
     (folder / "state.pt").unlink(missing_ok=True)
 
 

@@ -136,7 +136,7 @@ def train(
         "config": run.config,
     }
     save_safetensors(output, tensors, metadata)
-    loop.finish(resume, output)
+    loop.finish(resume, output, ("metrics", "validation"))
 
 
 @dataclass(frozen=True, slots=True)

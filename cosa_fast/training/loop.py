@@ -152,8 +152,8 @@ def publish(folder: Path, output: Path) -> None:
 def finish(folder: Path, output: Path, logs: Sequence[str] = ("metrics",)) -> None:
     """Once the result `output` is written: put the logs beside it, forget the saved state.
 
-    `results/cosa.safetensors` gets `results/cosa.metrics.jsonl` and so on; a log that nothing was written to is empty, so
-    that the same files stand there whatever the settings were.
+    `results/cosa.safetensors` gets `results/cosa.metrics.jsonl` and so on; a log that nothing was written to is empty,
+    so that the same files stand there whatever the settings were.
     """
     for log_name in logs:
         path = folder / f"{log_name}.jsonl"

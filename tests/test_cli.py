@@ -193,7 +193,7 @@ def test_interrupted(stage_code: ModuleType, capsys: pytest.CaptureFixture[str])
             ["--train.c2s-start", "9", "--train.guidance-start", "5"],
             "guidance_start (5) must not be before c2s_start (9)",
         ),
-        (["--cosa.scales"], "scales must name at least one scale"),
+        (["--cosa.scales"], "Tuple should have at least 1 item"),
     ],
 )
 def test_values_out_of_range(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

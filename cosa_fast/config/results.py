@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cosa_fast.config.section import NonNegative, OpenFraction, Positive, Section, Weight
+from cosa_fast.config.section import NonNegative, OpenFraction, Positive, Scales, Section, Weight
 
 
 class PseudoConfig(Section):
     """The pseudo-label store written from the trained assignment network."""
 
-    scales: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 0.5, 1.5)
+    scales: Scales = (1.0, 0.5, 1.5)
     flip: bool = True
     size: Positive = 448
     """Side in pixels of the square the image is resized to before the scales are applied."""
@@ -56,7 +56,7 @@ class EvalConfig(Section):
 
     network: Literal["assignment", "online"] = "assignment"
     """Which of the two networks of the checkpoint is CoSA's result."""
-    scales: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 0.5, 1.5, 0.75, 1.25)
+    scales: Scales = (1.0, 0.5, 1.5, 0.75, 1.25)
     flip: bool = True
     size: Positive = 448
     """Side in pixels of the square every image is resized to (the release's evaluation)."""

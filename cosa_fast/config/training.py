@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from cosa_fast.config.section import Fraction, NonNegative, OpenFraction, Positive, Section, Weight
+from cosa_fast.config.section import Fraction, NonNegative, OpenFraction, Positive, Scales, Section, Weight
 
 
 class ModelConfig(Section):
@@ -56,7 +56,7 @@ class CosaConfig(Section):
     ignore_band: tuple[OpenFraction, OpenFraction] | None = None
     """(low, high): confidences between them are ignored by the segmentation loss (the release's two thresholds)."""
 
-    scales: tuple[Annotated[float, Field(gt=0)], ...] = (1.0, 0.5, 1.5)
+    scales: Scales = (1.0, 0.5, 1.5)
     """Input scales whose CAMs and segmentation logits the assignment network adds up."""
     flip: bool = True
     """Also use the mirrored image at each scale."""
@@ -94,8 +94,6 @@ class CosaConfig(Section):
             value = getattr(self, name)
             if value is not None and value[0] >= value[1]:
                 raise ValueError(f"{name} must be (low, high) with low < high, got {value}")
-        if not self.scales:
-            raise ValueError("scales must name at least one scale, for example [1.0]")
         if self.ignore_band is not None and (self.dynamic_threshold or self.raw):
             raise ValueError("ignore_band fixes two thresholds: set dynamic_threshold and raw to false with it")
         return self
@@ -147,7 +145,7 @@ class ValidationConfig(Section):
     """Iterations from one validation to the next; 0: none, and no mask is looked for."""
     images: Positive = 500
     """At most so many images, evenly spaced through the split; the end of the training is measured on all."""
-    scales: tuple[Annotated[float, Field(gt=0)], ...] = (1.0,)
+    scales: Scales = (1.0,)
     flip: bool = True
     size: Positive = 448
     """Side in pixels of the square every image is resized to."""

@@ -277,7 +277,7 @@ def test_no_precision_where_no_class_occurs(tmp_path: Path) -> None:
     assert all(math.isnan(record.mean_average_precision) for record in run.validations)
 
 
-@pytest.mark.parametrize("preset", ["minivoc.yaml", "release.yaml"])
+@pytest.mark.parametrize("preset", ["config.yaml", "release.yaml"])
 def test_variants_differ_in_the_five_parts_alone(preset: str) -> None:
     config = load_config(Path(__file__).resolve().parents[1] / "config" / preset)
     parts = {"guidance", "swap", "raw", "csc", "dynamic_threshold"}

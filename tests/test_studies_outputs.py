@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-import warnings
 import xml.etree.ElementTree as ET
-from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image as PilImage
 from tiny_runs import (
     COEXISTING,
+    SETTINGS,
+    inputs_of,
     set_last,
-    set_precision,
+    table,
     write_gallery,
     write_index,
     write_inputs,
@@ -28,13 +26,11 @@ from tiny_runs import (
 
 from cosa_fast.config import StudiesConfig
 from cosa_fast.data.index import Index
-from cosa_fast.studies import qualitative, speed
+from cosa_fast.studies import qualitative
 from cosa_fast.studies.inputs import Inputs
 from cosa_fast.studies.needs import LADDER, LEAVE_ONE_OUT, STUDIES, needs
 from cosa_fast.studies.study import write_study
 from cosa_fast.studies.style import style
-
-SETTINGS = StudiesConfig(seeds=(0, 1), thresholds=(0.3, 0.5), coexisting=COEXISTING)
 
 
 def make(folder: Path, name: str, inputs: Inputs) -> tuple[list[dict[str, str]], Path]:
@@ -45,22 +41,9 @@ def make(folder: Path, name: str, inputs: Inputs) -> tuple[list[dict[str, str]],
         return list(csv.DictReader(handle)), figure
 
 
-def table(name: str, inputs: Inputs) -> list[dict[str, str]]:
-    """The rows alone, without the time that saving the figure takes."""
-    with style():
-        rows: list[dict[str, str]] = import_module(f"cosa_fast.studies.{name}").study(inputs)[0]
-    return rows
-
-
 def words(figure: Path) -> str:
     """The text in an SVG, lines joined."""
     return " ".join(text.strip() for element in ET.parse(figure).iter() if (text := element.text))
-
-
-def inputs_of(folder: Path, name: str, **changes: Any) -> Inputs:
-    """Everything the study needs, made up; `changes` replace parts."""
-    given = write_inputs(folder, needs(name, SETTINGS)) | changes
-    return Inputs(index=Index.load(write_index(folder)), studies=SETTINGS, **given)
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -152,25 +135,6 @@ def test_systems_with_the_papers_network(tmp_path: Path) -> None:
     assert {row["network"] for row in rows if row["note"] == "not trained here"} == {"WR38", "SWIN"}
 
 
-@pytest.mark.parametrize(
-    ("encoder", "known"),
-    [("tu-swin_base_patch4_window12_384.ms_in22k", "81.40"), ("wide_resnet38", "76.60"), ("tu-resnet101d", "76.50")],
-)
-def test_systems_name_the_papers_network(tmp_path: Path, encoder: str, known: str) -> None:
-    inputs = inputs_of(tmp_path, "systems")
-    write_segmenter(inputs.checkpoints["segmenter"], encoder=encoder)
-    rows = [row for row in table("systems", inputs) if row["network"].endswith(encoder)]
-    (row,) = [row for row in rows if (row["split"], row["setting"], row["crf"]) == ("val", "label-filtered", "none")]
-    assert row["paper_voc"] == known
-
-
-def test_systems_refuse_a_checkpoint_of_the_other_kind(tmp_path: Path) -> None:
-    inputs = inputs_of(tmp_path, "systems")
-    write_segmenter(inputs.checkpoints["cosa"])
-    with pytest.raises(ValueError, match=r"cosa\.safetensors holds a 'segmenter' model, wanted 'cosa'"):
-        table("systems", inputs)
-
-
 def test_cpl(tmp_path: Path) -> None:
     rows = table("cpl", inputs_of(tmp_path, "cpl"))
     assert [(row["split"], row["cams"], row["miou"], row["paper_voc"]) for row in rows] == [
@@ -181,42 +145,6 @@ def test_cpl(tmp_path: Path) -> None:
         ("val", "auxiliary CAMs", "51.70", ""),
         ("val", "mean of both", "60.40", "77.20"),
     ]
-
-
-def test_cpl_says_which_training_images_ours_are(tmp_path: Path) -> None:
-    given = write_inputs(tmp_path, needs("cpl", SETTINGS))
-    given["tables"]["cpl"].write_text(given["tables"]["cpl"].read_text().replace(",train,", ",train_aug,"))
-    index = Index.load(write_index(tmp_path))
-    splits = {"train_aug": index.splits["train"] * 1234, "val": index.splits["val"]}
-    index = replace(index, train_split="train_aug", eval_splits=("val",), splits=splits)
-    rows, figure = make(tmp_path, "cpl", Inputs(index=index, **given))
-    assert rows[0]["note"] == (
-        "paper: VOC 2012 train, 1,464 images; ours: MiniVOC (synthetic), train_aug, 1,234 images"
-    )
-    assert rows[1]["note"] == "ours: MiniVOC (synthetic), train_aug, 1,234 images; not in the paper"
-    assert "train_aug (1,234 images) and val (1 images); the paper's: VOC train (1,464) and VOC val" in words(figure)
-
-
-@pytest.mark.parametrize("name", ["guidance", "threshold", "oracle", "swap", "raw", "aux_cam", "confidence"])
-def test_studies_of_one_seed_say_so(tmp_path: Path, name: str) -> None:
-    rows, figure = make(tmp_path, name, inputs_of(tmp_path, name))
-    text = words(figure)
-    assert "One run" in text
-    assert "see the ladder's intervals for the spread between seeds" in text
-    if name in ("guidance", "threshold"):
-        assert all("one run per row: see the ladder's intervals" in row["note"] for row in rows)
-
-
-def test_oracle_without_precision(tmp_path: Path) -> None:
-    inputs = inputs_of(tmp_path, "oracle")
-    for of_seeds in inputs.runs.values():
-        set_precision(of_seeds[0], None)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        rows, figure = make(tmp_path, "oracle", inputs)
-    assert {row["mean_average_precision"] for row in rows} == {""}
-    assert all(row["cpl_miou"] for row in rows)
-    assert figure.read_text().count(">SPL (CoSA)<") == 1  # beside the other plot
 
 
 def test_guidance(tmp_path: Path) -> None:
@@ -278,14 +206,6 @@ def test_speed(tmp_path: Path) -> None:
     path.write_text(text.replace("60.0", "90.0"))
     with pytest.raises(ValueError, match=r"line 2: 90 images per second are not between 42 and 66: make it with"):
         table("speed", inputs)
-
-
-def test_bars_of_the_speeds_reach_from_the_slowest_to_the_fastest(tmp_path: Path) -> None:
-    with style():
-        rows, figure = speed.study(inputs_of(tmp_path, "speed"))
-    bars = [container.lines[2][0].get_segments()[0] for container in figure.axes[0].containers]
-    found = sorted(tuple(bar[:, 0].round(2)) for bar in bars)
-    assert found == pytest.approx(sorted((float(row["slowest"]), float(row["fastest"])) for row in rows), abs=0.011)
 
 
 def test_threshold(tmp_path: Path) -> None:

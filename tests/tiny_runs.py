@@ -5,17 +5,21 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image as PilImage
 from safetensors.numpy import save_file
 
-from cosa_fast.config import AugmentConfig, Config, CosaConfig, ModelConfig, OptimConfig, TrainConfig
+from cosa_fast.config import AugmentConfig, Config, CosaConfig, ModelConfig, OptimConfig, StudiesConfig, TrainConfig
 from cosa_fast.data.classes import voc_palette
 from cosa_fast.data.index import Image, Index
-from cosa_fast.studies.needs import Needs
+from cosa_fast.studies.inputs import Inputs
+from cosa_fast.studies.needs import Needs, needs
+from cosa_fast.studies.style import style
 from cosa_fast.studies.variants import variant as variant_config
 
 CLASSES = ("aeroplane", "bird", "boat", "cat", "person", "train")
@@ -26,6 +30,7 @@ QUALITY = {
 }  # fmt: skip
 """Final IoU of the CAM pseudo-labels, roughly."""
 COEXISTING = ("aeroplane", "bird", "boat", "train")
+SETTINGS = StudiesConfig(seeds=(0, 1), thresholds=(0.3, 0.5), coexisting=COEXISTING)
 SHIFTS = {
     "seg_free": -0.04, "seg_filtered": 0.02, "cam": 0.0, "aux_cam": -0.09, "ensemble": 0.01, "cam_confident": 0.10,
     "aux_cam_confident": 0.13,
@@ -283,6 +288,24 @@ def write_inputs(folder: Path, need: Needs) -> dict[str, Any]:
             "no_csc": write_gallery(folder / "gallery_no_csc", blur=12),
         }
     return given
+
+
+def inputs_of(folder: Path, name: str, **changes: Any) -> Inputs:
+    """Everything the study needs, made up; `changes` replace parts."""
+    given = write_inputs(folder, needs(name, SETTINGS)) | changes
+    return Inputs(index=Index.load(write_index(folder)), studies=SETTINGS, **given)
+
+
+def drawn(name: str, inputs: Inputs) -> tuple[list[dict[str, str]], Figure]:
+    """A study's rows and figure, without the time that saving takes."""
+    with style():
+        study: tuple[list[dict[str, str]], Figure] = import_module(f"cosa_fast.studies.{name}").study(inputs)
+    return study
+
+
+def table(name: str, inputs: Inputs) -> list[dict[str, str]]:
+    """The rows alone."""
+    return drawn(name, inputs)[0]
 
 
 def set_metadata(path: Path, metadata: object) -> None:

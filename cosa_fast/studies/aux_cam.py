@@ -31,7 +31,7 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
     ]
     figure = new_figure(
         "Main and auxiliary CAMs (Fig. 5)",
-        f"mIoU of the pseudo-labels of the assignment network on {inputs.about(last)}. Confident: perplexity "
+        f"mIoU of the pseudo-labels of the assignment network on {inputs.about_curve(run)}. Confident: perplexity "
         f"(Eq. 4) at most {run.cosa.epsilon:g}; in brackets, their share of the pixels at the end. One run (seed "
         f"{run.seed}): {NOISE}.",
         3.0,

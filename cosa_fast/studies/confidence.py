@@ -68,7 +68,7 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
         ]
     figure = new_figure(
         "Confidence, perplexity and accuracy of the CAM pseudo-labels (Fig. 3)",
-        f"Assignment network on {inputs.about(last)}. r: Pearson correlation of perplexity (Eq. 4) and accuracy "
+        f"Assignment network on {inputs.about_curve(run)}. r: Pearson correlation of perplexity (Eq. 4) and accuracy "
         f"over 256 confidence bins, each weighted by its pixels. One run (seed {run.seed}): {NOISE}.",
         5.6,
     )

@@ -81,6 +81,11 @@ class Inputs:
         """What a validation is of, for a figure's subtitle."""
         return f"{self.dataset}, {record.split}, {record.images} images"
 
+    def about_curve(self, run: Run) -> str:
+        """What a run's validations are of; those on the way may be of fewer images than the last."""
+        first, last = run.curve()[0], run.last()
+        return self.about(last) + (f" ({first.images} on the way)" if first.images < last.images else "")
+
     def identity(self, record: Validation) -> dict[str, str]:
         """The first cells of every line of a table."""
         return {"dataset": self.dataset, "split": record.split}

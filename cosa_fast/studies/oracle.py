@@ -49,7 +49,7 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
     first = start // 2 if start < last.iteration else 0  # what comes before is high and the same for all
     figure = new_figure(
         "CAMs guided by the truth, by pseudo-labels, by nothing and by noise (Fig. 1)",
-        f"Assignment network on {inputs.about(last)}. One run per curve (seed {reference.seed}): "
+        f"Assignment network on {inputs.about_curve(reference)}. One run per curve (seed {reference.seed}): "
         f"{NOISE}." + (f" From iteration {first:,}; the table has all." if first else ""),
         3.0,
     )

@@ -42,12 +42,11 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
         for record in run.curve()
     ]
     reference = runs["cosa"]
-    last = reference.last()
     figure = new_figure(
         "Reliability-based adaptive weighting (Fig. 9)",
-        f"CAM pseudo-labels of the assignment network on {inputs.about(last)}. Boxes: quartiles over images at the "
-        "end; diamonds: means. MAE to (1, 0): mean of 1 - IoU and perplexity. One run with and one without (seed "
-        f"{reference.seed}): {NOISE}.",
+        f"CAM pseudo-labels of the assignment network on {inputs.about_curve(reference)}. Boxes: quartiles over "
+        "images at the end; diamonds: means. MAE to (1, 0): mean of 1 - IoU and perplexity. One run with "
+        f"and one without (seed {reference.seed}): {NOISE}.",
         3.0,
     )
     axes = figure.subplots(1, 4, width_ratios=(1, 1, 1, 2.7))

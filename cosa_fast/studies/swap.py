@@ -36,8 +36,9 @@ def study(inputs: Inputs) -> tuple[list[Row], Figure]:
     last = reference.last()
     figure = new_figure(
         "The two networks, with and without swapping assignments (Fig. 8)",
-        f"{inputs.about(last)}. Solid: online network (ON); dashed: assignment network (AN), its moving average, "
-        f"which makes the pseudo-labels only with SA. One run with and one without (seed {reference.seed}): {NOISE}.",
+        f"{inputs.about_curve(reference)}. Solid: online network (ON); dashed: assignment network (AN), its "
+        f"moving average, which makes the pseudo-labels only with SA. One run with and one "
+        f"without (seed {reference.seed}): {NOISE}.",
         3.0,
     )
     for axes, title, quantity in zip(

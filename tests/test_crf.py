@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -361,6 +362,8 @@ def test_no_process_outlives_a_killed_parent(sent: signal.Signals, tmp_path: Pat
         start_new_session=True,
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
         text=True,
+        # What runs in the background of a script is started with Ctrl-C ignored.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "one\n"

@@ -22,6 +22,7 @@ from cosa_fast.config import (
     PseudoConfig,
     RuntimeConfig,
     TrainConfig,
+    ValidationConfig,
     VocConfig,
 )
 from cosa_fast.data.index import Index
@@ -70,6 +71,7 @@ def test_from_photographs_to_miou(dataset: str, tmp_path: Path) -> None:
         model=ModelConfig(name="vit_tiny_patch16_224", pretrained=False, decoder_dim=16),
         cosa=CosaConfig(scales=(1.0, 0.5), threshold_queue=3),
         optim=OptimConfig(warmup=1),
+        validation=ValidationConfig(),
         train=TrainConfig(iterations=4, batch_size=2, c2s_start=1, guidance_start=2, log_every=2),
         runtime=CPU,
         threads=1,

@@ -74,9 +74,10 @@ class Validator:
         if dataset.classes != classes:
             raise ValueError(f"{index} has other classes than the training index: validate on the same dataset")
         if masks is None or not dataset.eval_splits:
+            missing = "no --masks given" if dataset.eval_splits else f"{index} has no evaluation split"
             raise ValueError(
-                f"validation.every = {config.every} needs masks: name a split in eval_splits (now: {index}) and give "
-                "--masks, or set validation.every to 0"
+                f"validation.every = {config.every} needs masks, but {missing}: give --masks and --validation-index, or "
+                "set validation.every to 0"
             )
         self.dataset, self.masks, self.split = dataset, load_masks(masks, index), dataset.eval_splits[0]
         if not self.masks.has(self.split):

@@ -76,8 +76,8 @@ class Validator:
         if masks is None or not dataset.eval_splits:
             missing = "no --masks given" if dataset.eval_splits else f"{index} has no evaluation split"
             raise ValueError(
-                f"validation.every = {config.every} needs masks, but {missing}: give --masks and --validation-index, or "
-                "set validation.every to 0"
+                f"validation.every = {config.every} needs masks, but {missing}: give --masks and --validation-index, "
+                "or set validation.every to 0"
             )
         self.dataset, self.masks, self.split = dataset, load_masks(masks, index), dataset.eval_splits[0]
         if not self.masks.has(self.split):

@@ -52,7 +52,7 @@ CRF_PRESETS: dict[Literal["release", "standard"], CrfParameters] = {
     # The authors' evaluation; ToCo's (tools/infer_seg_voc.py) has the same kernels with 10 iterations.
     "release": CrfParameters(1, 1, 1, 121, 5, 4),
     # DeepLab v2 with ResNet-101 as kazuto1011/deeplab-pytorch (configs/voc12.yaml) and much weakly supervised work
-    # since have it. DeepLab v1's MSc-LargeFOV had 10, 3, 3, 140, 5, 5.
+    # have it.
     "standard": CrfParameters(10, 1, 3, 67, 3, 4),
 }
 

@@ -224,6 +224,15 @@ def test_bad_checkpoints(tmp_path: Path) -> None:
     prefix = write_run(tmp_path, "cosa")
     with pytest.raises(ValueError, match="was trained with seed 0, not 1"):
         load_run("cosa", 1, prefix)
+    for other, reason in [
+        ("no_csc", r"cosa.csc = True, not False"),
+        ("detach_cls", r"model.detach = 'none', not 'cls'"),
+        ("threshold_0.3", r"cosa.dynamic_threshold = True, not False"),
+    ]:
+        with pytest.raises(ValueError, match=f"is not the variant '{other}': it was trained with {reason}"):
+            load_run(other, 0, prefix)
+    with pytest.raises(ValueError, match="there is no variant 'cosaa'"):
+        load_run("cosaa", 0, prefix)
     path = prefix.with_name("cosa.safetensors")
     path.write_bytes(path.read_bytes()[:30])
     with pytest.raises(ValueError, match=r"the checkpoint .* cannot be read .*make it with `snakemake"):

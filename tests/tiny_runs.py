@@ -76,7 +76,7 @@ def write_checkpoint(prefix: Path, config: Config, dataset: str = "MiniVOC") -> 
     """A checkpoint without weights to speak of."""
     sections = {
         "augment": AugmentConfig(),
-        "model": ModelConfig(name="mini_vit", pretrained=False),
+        "model": ModelConfig(name="mini_vit", pretrained=False, detach=config.model.detach),
         "optim": OptimConfig(),
     }
     sections |= {"cosa": config.cosa, "train": config.train}

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from cosa_fast.config import CosaConfig, TrainConfig, config_from_mapping
 from cosa_fast.studies.stats import Counts, Floats, bin_centres, iou, mean_iou, perplexity
+from cosa_fast.studies.variants import variant as expected
 
 HEADER = "cosa-fast"
 """Key of the checkpoint metadata; `cosa_fast.models.checkpoint.HEADER`, which cannot be had without torch."""
@@ -103,7 +104,7 @@ def load_run(variant: str, seed: int, prefix: Path) -> Run:
     """Read `<prefix>.safetensors` (its metadata only) and `<prefix>.validation.jsonl`.
 
     Raises:
-        ValueError: a file is missing, damaged or incomplete, is of another seed or of CoSA-MS.
+        ValueError: a file is missing, damaged or incomplete, is of another variant or seed or of CoSA-MS.
     """
     checkpoint = prefix.with_name(f"{prefix.name}.safetensors")
     path = prefix.with_name(f"{prefix.name}.validation.jsonl")
@@ -115,6 +116,15 @@ def load_run(variant: str, seed: int, prefix: Path) -> Run:
             f"{checkpoint} was trained with seed {config.train.seed}, not {seed}: give --run {variant}:{seed}: and the "
             "prefix of another run"
         )
+    wanted = expected(config, variant, seed)
+    for section in ("cosa", "model"):
+        ours, theirs = (getattr(which, section).model_dump() for which in (config, wanted))
+        for key, value in theirs.items():
+            if ours[key] != value:
+                raise ValueError(
+                    f"{checkpoint} is not the variant {variant!r}: it was trained with {section}.{key} = "
+                    f"{ours[key]!r}, not {value!r}; give --run {variant}:{seed}: and the prefix of another run"
+                )
     records = tuple(_validations(path, remedy))
     run = Run(variant, seed, path, metadata["dataset"], config.cosa, config.train, records)
     curve = [record.iteration for record in run.curve()]

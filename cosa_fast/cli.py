@@ -23,6 +23,8 @@ from cosa_fast.stages import STAGES, Stage
 logger = logging.getLogger("cosa_fast")
 registry = ConstructorRegistry()
 SECTION_NAMES = {field.annotation: name for name, field in Config.model_fields.items()}
+# torchrun's variables; `cosa_fast.distributed` reads them too, but imports torch.
+PROCESSES, RANK = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
 
 
 class BadFlag(Exception):
@@ -39,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _configure_logging(None)
     try:
         stage = _parse(chosen, words[len(chosen.command.split()) :])
+        if PROCESSES > 1 and not stage.parallel:
+            raise ValueError(f"torchrun started {PROCESSES} processes, but this stage runs in one: start it without")
         _configure_logging(stage.log)
         # A waiting OpenMP thread must not spin on a core that another process could use; torch reads these on import.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -51,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.error("%s: error: %s\nFor full helptext, run %s --help", name, error, name)
         return 2
     except (ValueError, OSError) as error:
+        if RANK > 0:
+            # Mostly the first process has the same to say; then torchrun ends this one before it repeats it.
+            time.sleep(3)
         logger.error("%s: error: %s", name, error, exc_info=os.environ.get("COSA_FAST_DEBUG") == "1")
         return 1
     except KeyboardInterrupt:
@@ -59,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         logger.exception("%s: failed unexpectedly; please report this", name)
         return 1
+    finally:
+        if PROCESSES > 1 and "cosa_fast.distributed" in sys.modules:
+            sys.modules["cosa_fast.distributed"].leave()
     return 0
 
 
@@ -142,15 +152,18 @@ def _section_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
 
 
 def _configure_logging(path: Path | None) -> None:
-    """INFO of this package, WARNING of others, to stderr (above the progress bars) and to `path`."""
+    """INFO of this package, WARNING of others, to stderr (above the progress bars) and to `path`.
+
+    Of several processes the first one reports; the others only warn, on stderr.
+    """
     handlers: list[logging.Handler] = [_AboveProgressBars()]
-    if path is not None:
+    if path is not None and RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         handlers.append(logging.FileHandler(path, mode="w"))
     for handler in handlers:
         handler.setFormatter(_Lines("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     logging.basicConfig(handlers=handlers, force=True)
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if RANK == 0 else logging.WARNING)
 
 
 class _AboveProgressBars(logging.Handler):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from cosa_fast.config import RuntimeConfig
+from cosa_fast.distributed import World, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,8 @@ class Runtime:
     device: torch.device
     bf16: bool
     compiles: bool
+    world: World = field(default_factory=World)
+    """This process among those that torchrun started."""
 
     def autocast(self) -> AbstractContextManager[object]:
         """bf16 autocast, or nothing."""
@@ -31,7 +35,7 @@ class Runtime:
 
 
 def resolve(config: RuntimeConfig, threads: int | None = None) -> Runtime:
-    """Choose the device and set the number of CPU threads.
+    """Choose the device, set the number of CPU threads and meet the other processes, if torchrun started some.
 
     Raises:
         ValueError: the device does not exist here.
@@ -47,14 +51,26 @@ def resolve(config: RuntimeConfig, threads: int | None = None) -> Runtime:
         raise ValueError(f"runtime.device = {config.device!r} is not a device: use auto, cpu or cuda[:n]") from None
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"runtime.device = {config.device!r}: only cpu and cuda devices are supported")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"runtime.device = {config.device!r}, but this machine has {torch.cuda.device_count()} CUDA devices: "
-            "use auto or cpu"
-        )
+    if device.type == "cuda":
+        _check_gpus(config, device)
     on_cuda = device.type == "cuda"
+    world = join(device.type)
+    if on_cuda and world.size > 1:
+        device = torch.device("cuda", world.local_rank)
     return Runtime(
         device=device,
+        world=world,
         bf16=config.precision == "bf16" or (config.precision == "auto" and on_cuda),
         compiles=config.compile == "on" or (config.compile == "auto" and on_cuda),
     )
+
+
+def _check_gpus(config: RuntimeConfig, device: torch.device) -> None:
+    """One GPU for each process of this machine."""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    named = f"runtime.device = {config.device!r}"
+    if processes > 1 and device.index is not None:
+        raise ValueError(f"{named} is one GPU, but torchrun started {processes} processes: use auto or cuda")
+    if max(processes, (device.index or 0) + 1) > gpus:
+        of_each = f" and torchrun started {processes} processes" if processes > 1 else ""
+        raise ValueError(f"{named}{of_each}, but this machine has {gpus} CUDA devices: use auto or cpu, or fewer")

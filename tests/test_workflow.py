@@ -30,7 +30,7 @@ while [ $# -gt 1 ]; do
   esac
   shift
 done
-rule=$(basename "$log" .log | sed "s/_[0-9a-f]\\{10\\}$//")
+rule=$(basename "$log" .log)
 echo "$rule|$call" >> calls
 echo "12:00:00 $rule: started" | tee "$log" >&2
 if [ "$rule" = "$FAIL" ]; then
@@ -118,9 +118,7 @@ def test_stages_run_in_order_and_masks_are_checked_before_training(finished: Pre
     assert calls[3:] == ALL[3:]
     assert calls.index("index") < calls.index("masks")
     results = finished.folder / "results/test"
-    assert {path.stem.split("_")[0] for path in (results / "benchmarks").iterdir()} == {
-        rule.split("_")[0] for rule in ALL
-    }
+    assert {path.stem for path in (results / "benchmarks").iterdir()} == set(ALL)
 
 
 @pytest.mark.parametrize(
@@ -290,8 +288,7 @@ def test_the_whole_pipeline(pipeline: Path) -> None:
     assert not [name for name in classes if name not in table]
     assert (pipeline / "voc_panel.png").read_bytes().startswith(b"\x89PNG")
     for rule in ALL:
-        (log,) = (pipeline / "logs").glob(f"{rule}_??????????.log" if rule == "warmup" else f"{rule}.log")
-        assert "finished in" in log.read_text()
+        assert "finished in" in (pipeline / f"logs/{rule}.log").read_text()
     again = snakemake(pipeline.parents[1], "--configfile", TINY)
     assert "Nothing to be done" in again.stdout
 

@@ -17,6 +17,8 @@ class Stage(ABC):
     """Flags that every stage takes."""
 
     command: ClassVar[str]
+    parallel: ClassVar[bool] = False
+    """Whether several processes of torchrun can share the work."""
 
     threads: Positive = 2
     """CPU threads. More than the idle cores of a shared machine makes it slower, not faster."""

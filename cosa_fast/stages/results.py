@@ -22,6 +22,7 @@ class Evaluate(Stage):
     """Measure mIoU of CoSA, CoSA-MS and the pseudo-labels, label-free and label-filtered, with a CRF if asked for."""
 
     command = "evaluate"
+    parallel = True
 
     index: Path
     """Dataset index from `cosa-fast data index`."""

@@ -54,6 +54,7 @@ class Warmup(Training):
     """Train CoSA up to train.guidance_start: what all variants of its guidance can begin with."""
 
     command = "warmup"
+    parallel = True
 
     output: Path
     """Folder to write: the state and the logs so far."""
@@ -69,6 +70,7 @@ class Train(Training):
     """Train CoSA from image-level labels; killed and started again, it continues."""
 
     command = "train"
+    parallel = True
 
     output: Path
     """Checkpoint to write (safetensors); the logs come to stand beside it (.metrics.jsonl, .validation.jsonl)."""
@@ -86,6 +88,7 @@ class PseudoLabels(Stage):
     """Write the trained assignment network's pseudo-labels of the training images to a Zarr store."""
 
     command = "pseudo-labels"
+    parallel = True
 
     index: Path
     """Dataset index from `cosa-fast data index`."""
@@ -128,6 +131,7 @@ class Multistage(Stage):
     """Train a standalone segmentation network on the stored pseudo-labels (CoSA-MS); it continues when killed."""
 
     command = "multistage"
+    parallel = True
 
     index: Path
     """Dataset index from `cosa-fast data index`."""

@@ -139,6 +139,12 @@ def early(run):
     return run.model_copy(update={"cosa": cosa, "model": model})
 
 
+def warmup_inputs(run) -> dict[str, Path]:
+    """What the warm-up of a run reads."""
+    files = training_inputs(early(run))
+    return {name: path for name, path in files.items() if name != "warmup"}
+
+
 def warmup_key(run) -> str:
     """Name of the warm-up that a run begins with."""
     return hashlib.sha256(
@@ -157,14 +163,14 @@ SIDE_BY_SIDE = CONFIG.runtime.device == "cpu" or (
 )
 
 
-def threads_of(main: bool) -> int:
-    """Threads of a training."""
-    return CONFIG.threads if main or not SIDE_BY_SIDE else 1
+def threads_of_study() -> int:
+    """Threads of a study's training."""
+    return 1 if SIDE_BY_SIDE else CONFIG.threads
 
 
-def stage_of(main: bool) -> int:
-    """1 for a training that nothing else may run beside."""
-    return 1 if main or not SIDE_BY_SIDE else 0
+def stage_of_study() -> int:
+    """1 if nothing else may run beside a study's training."""
+    return 0 if SIDE_BY_SIDE else 1
 
 
 def path_flags(files) -> str:

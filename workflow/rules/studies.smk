@@ -1,6 +1,32 @@
 # The paper's tables and figures: trainings of variants, tables of the main run, and one small job per study.
 
 
+use rule warmup as study_warmup with:
+    input:
+        unpack(lambda wildcards: warmup_inputs(WARMUPS[wildcards.key])),
+    output:
+        state=directory(RESULTS / "warmups/{key}"),
+    log:
+        RESULTS / "logs/studies/warmup_{key}.log",
+    benchmark:
+        RESULTS / "benchmarks/studies/warmup_{key}.tsv"
+    wildcard_constraints:
+        key=f"(?!{MAIN_WARMUP})[0-9a-f]{{10}}",
+    threads: threads_of_study()
+    resources:
+        gpu=GPUS,
+        machine=lambda wildcards, input: training_machine(
+            early(WARMUPS[wildcards.key]), input
+        ),
+        stage=stage_of_study(),
+    params:
+        resume=str(RESUME / "warmup_{key}"),
+        files=lambda wildcards, input: training_files(
+            early(WARMUPS[wildcards.key]), input
+        ),
+        flags=lambda wildcards: training_flags(early(WARMUPS[wildcards.key])),
+
+
 use rule train as study_train with:
     input:
         unpack(
@@ -15,13 +41,13 @@ use rule train as study_train with:
     wildcard_constraints:
         variant="|".join(sorted({re.escape(name) for name, _ in RUNS})),
         seed="|".join(sorted({seed for _, seed in RUNS})),
-    threads: threads_of(main=False)
+    threads: threads_of_study()
     resources:
         gpu=GPUS,
         machine=lambda wildcards, input: training_machine(
             RUNS[wildcards.variant, wildcards.seed], input
         ),
-        stage=stage_of(main=False),
+        stage=stage_of_study(),
     params:
         resume=str(RESUME / "studies/{variant}_{seed}"),
         files=lambda wildcards, input: training_files(

@@ -1,37 +1,22 @@
 rule warmup:
     input:
-        unpack(
-            lambda wildcards: {
-                name: path
-                for name, path in training_inputs(
-                    early(WARMUPS[wildcards.key])
-                ).items()
-                if name != "warmup"
-            }
-        ),
+        **warmup_inputs(CONFIG),
     output:
-        state=directory(RESULTS / "warmups/{key}"),
+        state=directory(RESULTS / "warmups" / MAIN_WARMUP),
     log:
-        RESULTS / "logs/warmup_{key}.log",
+        RESULTS / "logs/warmup.log",
     benchmark:
-        RESULTS / "benchmarks/warmup_{key}.tsv"
-    wildcard_constraints:
-        key="[0-9a-f]{10}",
+        RESULTS / "benchmarks/warmup.tsv"
     conda:
         "../envs/cosa.yaml"
-    threads: lambda wildcards: threads_of(wildcards.key == MAIN_WARMUP)
+    threads: CONFIG.threads
     resources:
         gpu=GPUS,
-        machine=lambda wildcards, input: training_machine(
-            early(WARMUPS[wildcards.key]), input
-        ),
-        stage=lambda wildcards: stage_of(wildcards.key == MAIN_WARMUP),
+        machine=lambda wildcards, input: training_machine(early(CONFIG), input),
     params:
-        resume=str(RESUME / "warmup_{key}"),
-        files=lambda wildcards, input: training_files(
-            early(WARMUPS[wildcards.key]), input
-        ),
-        flags=lambda wildcards: training_flags(early(WARMUPS[wildcards.key])),
+        resume=str(RESUME / f"warmup_{MAIN_WARMUP}"),
+        files=lambda wildcards, input: training_files(early(CONFIG), input),
+        flags=training_flags(early(CONFIG)),
     message:
         "Training CoSA until its guidance starts"
     shell:
@@ -57,7 +42,7 @@ rule train:
     params:
         resume=RESUME / "cosa",
         files=lambda wildcards, input: training_files(CONFIG, input),
-        flags=lambda wildcards: training_flags(CONFIG),
+        flags=training_flags(CONFIG),
     message:
         "Training CoSA from image-level labels"
     shell:

@@ -1,0 +1,90 @@
+"""Several processes that train or evaluate together, one per GPU, started by torchrun; one process without it.
+
+The global batch and the whole split decide a result: with any number of processes it is the same, up to rounding.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Item = TypeVar("Item")
+PATIENCE = datetime.timedelta(hours=2)
+"""How long a process waits for the others: the first one alone writes stores and reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among the others. Every method but `share` must be called by all of them, in the same order."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among the processes of its machine: the number of its GPU."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[Item]) -> Sequence[Item]:
+        """This process's consecutive part of `items`; the parts of all of them are `items`, each one once."""
+        start, stop = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
+        return items[start:stop]
+
+    def add(self, *tensors: Tensor) -> None:
+        """Replace each tensor, on the device of this process, by the sum of all processes'."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def gather(self, value: Item) -> list[Item]:
+        """Every process's `value`, picklable and in the order of ranks, in the first one; elsewhere an empty list."""
+        if self.size == 1:
+            return [value]
+        values: list[Item] = [value] * self.size if self.first else []
+        dist.gather_object(value, values if self.first else None)
+        return values
+
+    def tell(self, value: Item) -> Item:
+        """The first process's `value` (picklable), in all of them."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def requested() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def join(device_type: str) -> World:
+    """Meet the other processes (once): NCCL on "cuda", gloo on "cpu"."""
+    if requested() == 1:
+        return World()
+    world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    if not dist.is_initialized():
+        if device_type == "cuda":
+            torch.cuda.set_device(world.local_rank)
+        # gloo too: objects are told and gathered on the CPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=PATIENCE)
+    return world
+
+
+def leave() -> None:
+    """Part from the other processes, if there are any."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

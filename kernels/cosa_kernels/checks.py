@@ -34,6 +34,32 @@ def check_cams(cams: Tensor) -> None:
         raise ValueError(f"cams has {cams.shape[1]} classes; uint8 labels leave room for 254")
 
 
+def check_classes(classes: Tensor | None, cams: Tensor) -> None:
+    """(B, P) integers for (B, P, h, w) maps, or none."""
+    if classes is None:
+        return
+    check_tensor("classes", classes)
+    integers = not classes.is_floating_point() and classes.dtype != torch.bool
+    if classes.shape != cams.shape[:2] or not integers:
+        raise ValueError(
+            f"classes must be an integer {tuple(cams.shape[:2])} tensor, the class of each map of cams, got "
+            f"{classes.dtype} {tuple(classes.shape)}"
+        )
+    check_same_device(cams=cams, classes=classes)
+
+
+def check_class_values(classes: Tensor, count: int) -> None:
+    """Classes in [0, count), or -1. Read where that costs nothing (CPU) or under COSA_KERNELS_DEBUG=1."""
+    if classes.device.type != "cpu" and not debugging():
+        return
+    wrong = (classes < -1) | (classes >= count)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"classes holds {int(classes[wrong][0])}; there can be the classes 0 to {count - 1}, and -1 for a map that "
+            "is padding"
+        )
+
+
 def check_labels(name: str, labels: Tensor, batch: int) -> None:
     """(B, H, W) integers."""
     if labels.ndim != 3 or labels.is_floating_point() or labels.dtype == torch.bool or len(labels) != batch:

@@ -81,12 +81,14 @@ class RAWCrossEntropyLoss(nn.Module):
         threshold: float | Tensor | Sequence[float | Tensor],
         size: Size | None = None,
         valid_box: Tensor | None = None,
+        classes: Tensor | None = None,
     ) -> Tensor:
         """See `raw_cross_entropy`."""
         return raw_cross_entropy(
             logits,
             cams,
             threshold,
+            classes=classes,
             size=size,
             valid_box=valid_box,
             lambda_alpha=self.lambda_alpha,

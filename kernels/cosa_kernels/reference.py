@@ -16,6 +16,7 @@ from torch import Tensor
 from cosa_kernels.checks import (
     check_cams,
     check_class_labels,
+    check_classes,
     check_histogram,
     check_labels,
     check_maps,
@@ -95,6 +96,7 @@ def cam_pseudo_labels(
     cams: Tensor,
     threshold: float | Tensor,
     *,
+    classes: Tensor | None = None,
     size: Size | None = None,
     valid_box: Tensor | None = None,
     lambda_alpha: float = 0.8,
@@ -104,8 +106,9 @@ def cam_pseudo_labels(
     """CAM pseudo-labels (CPL) and their perplexity (Eq. 3, 4).
 
     Args:
-        cams: (B, C, h, w) in [0, 1], zero for absent classes.
+        cams: (B, C, h, w) in [0, 1], zero for absent classes; with `classes` (B, P, h, w).
         threshold: xi in (0, 1), a float or a 0-d tensor on the device of `cams`.
+        classes: (B, P) integers, the class of each map, -1 for padding (a map of zeros); None: those of the channels.
         size: (H, W) of the labels; None: that of `cams`.
         valid_box: (B, 4) integers y0, y1, x0, x1, half open, in pixels of `size`; None: everything is valid.
         lambda_alpha: scale of the normalised distance, in (0, 1).
@@ -120,12 +123,15 @@ def cam_pseudo_labels(
         ValueError: a shape or value is impossible.
     """
     check_cams(cams)
+    check_classes(classes, cams)
     check_open_fraction("lambda_alpha", lambda_alpha)
     check_positive("lambda_beta", lambda_beta)
     if not isinstance(threshold, Tensor):
         check_open_fraction("threshold", threshold)
     maps = upsample(cams.to(torch.promote_types(cams.dtype, torch.float32)), size)
     confidence, best = maps.max(dim=1)
+    if classes is not None:
+        best = classes.long().gather(1, best.flatten(1)).view_as(best)
     labels = torch.where(confidence >= threshold, best + 1, 0).to(torch.uint8)
     perplexity = perplexity_of(confidence, threshold, lambda_alpha, lambda_beta)
     if valid_box is not None:
@@ -188,6 +194,7 @@ def raw_cross_entropy(
     cams: Tensor,
     threshold: float | Tensor,
     *,
+    classes: Tensor | None = None,
     size: Size | None = None,
     valid_box: Tensor | None = None,
     lambda_alpha: float = 0.8,
@@ -201,18 +208,24 @@ def raw_cross_entropy(
     Args:
         logits: (B, C + 1, h, w) segmentation logits.
         cams: (B, C, h', w') in [0, 1], of the assignment network; they get no gradient.
-        threshold, size, valid_box, lambda_alpha, lambda_beta: see `cam_pseudo_labels`.
+        threshold, classes, size, valid_box, lambda_alpha, lambda_beta: see `cam_pseudo_labels`.
 
     Returns:
         0-d tensor; 0 (with zero gradient) where nothing is valid.
     """
-    if logits.shape[1] != cams.shape[1] + 1:
+    if classes is None and logits.shape[1] != cams.shape[1] + 1:
         raise ValueError(
             f"logits must have one channel more than cams (the background): got {logits.shape[1]} and {cams.shape[1]}"
         )
     with torch.no_grad():
         labels, perplexity = cam_pseudo_labels(
-            cams, threshold, size=size, valid_box=valid_box, lambda_alpha=lambda_alpha, lambda_beta=lambda_beta
+            cams,
+            threshold,
+            classes=classes,
+            size=size,
+            valid_box=valid_box,
+            lambda_alpha=lambda_alpha,
+            lambda_beta=lambda_beta,
         )
     return upsample_cross_entropy(logits, labels, weight=perplexity.reciprocal())
 

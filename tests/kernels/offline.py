@@ -94,17 +94,19 @@ def _cross_entropy(everything: bool) -> Iterator[tuple[str, Callable[[], object]
 
 
 def _pseudo_labels(everything: bool) -> Iterator[tuple[str, Callable[[], object]]]:
-    usual = (28, torch.float32, True, True, 1.0)
+    usual = (28, torch.float32, False, True, True, 1.0)
     varied = [usual, (448, *usual[1:]), (28, torch.bfloat16, *usual[2:]), (448, torch.float16, *usual[2:])]
-    varied += [(*usual[:2], False, False, 2.0)]
+    varied += [(448, torch.float32, True, *usual[3:]), (*usual[:3], False, False, 2.0)]
     if everything:
         dtypes = (torch.float32, torch.bfloat16, torch.float16)
-        varied = list(itertools.product((28, 448), dtypes, (True, False), (True, False), (1.0, 2.0)))
-    for low, dtype, boxed, reliability, beta in varied:
+        flags = (True, False)
+        varied = list(itertools.product((28, 448), dtypes, flags, flags, flags, (1.0, 2.0)))
+    for low, dtype, listed, boxed, reliability, beta in varied:
+        classes = torch.zeros(2, 20, dtype=torch.int64) if listed else None
         box = torch.zeros(2, 4, dtype=torch.int64) if boxed else None
         cams, out = torch.empty(2, 20, low, low, dtype=dtype), torch.empty(2, 448, 448)
-        arguments = (cams, torch.empty(()), box, 0.8, beta, 255, reliability, out.byte(), out)
-        name = f"labels {dtype} {low}->448 {boxed=} {reliability=} {beta=}"
+        arguments = (cams, torch.empty(()), classes, box, 0.8, beta, 255, reliability, out.byte(), out)
+        name = f"labels {dtype} {low}->448 {listed=} {boxed=} {reliability=} {beta=}"
         yield name, functools.partial(cam_pseudo_labels.assign, *arguments)
 
 

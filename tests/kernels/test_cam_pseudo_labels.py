@@ -114,7 +114,74 @@ def test_nan_shows(impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_operator_is_registered_as_torch_expects(impl: str) -> None:
     cams, xi = random_cams((3, 3), 4), torch.tensor(0.4, device=DEVICE)
-    torch.library.opcheck(module._operator, ([cams, cams], [xi, xi], [8, 8], None, 0.8, 1.0, 255, True, impl))
+    for classes in (None, torch.tensor([[0, 3, 8, -1], [1, -1, -1, -1]], device=DEVICE)):
+        options = ([8, 8], None, 0.8, 1.0, 255, True, impl)
+        torch.library.opcheck(module._operator, ([cams, cams], [xi, xi], classes, 9, *options))
+
+
+PRESENT = {
+    # classes, those of each image
+    "gaps and padding": (20, [[0, 3, 19], [7]]),
+    "nothing to pad": (20, [[4, 5], [0, 19]]),
+    "an image without any class": (20, [[2, 11], []]),
+    "no class at all": (20, [[], []]),
+    "C = 80": (80, [[1, 2, 40, 78, 79], [63, 64]]),
+    "every class": (3, [[0, 1, 2], [0, 1, 2]]),
+}
+
+
+def compact(classes: int, present: list[list[int]], low: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+    """(2, C, *low) CAMs, many of them equal; the (2, P, *low) of the present classes; (2, P) these classes."""
+    most = max(1, *(len(known) for known in present))
+    full, few = torch.zeros(2, classes, *low), torch.zeros(2, most, *low)
+    listed = torch.full((2, most), -1)
+    generator = torch.Generator().manual_seed(0)
+    for image, known in enumerate(present):
+        # Eighths: whole maps of ties, confidences at the threshold, pixels where all maps are 0.
+        maps = torch.randint(0, 9, (len(known), *low), generator=generator) / 8
+        full[image, known], few[image, : len(known)] = maps, maps
+        listed[image, : len(known)] = torch.tensor(known, dtype=torch.int64)
+    return full.to(DEVICE), few.to(DEVICE), listed.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("high", "dtype"),
+    [((37, 45), torch.float32), ((37, 45), torch.bfloat16), ((5, 4), torch.float16), ((3, 2), torch.float32)],
+    ids=["larger", "larger, bfloat16", "same size, float16", "smaller"],
+)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(("classes", "present"), PRESENT.values(), ids=PRESENT)
+def test_present_classes_alone_give_the_same_bits(
+    classes: int, present: list, impl: str, high: tuple, dtype: torch.dtype
+) -> None:
+    full, few, listed = compact(classes, present, (5, 4))
+    box = torch.tensor([[0, 4, 1, 45], [0, 37, 0, 3]], device=DEVICE)
+    for options in ({}, {"valid_box": box, "ignore_index": 99, "lambda_beta": 2.0}):
+        expected = cam_pseudo_labels(full.to(dtype), 0.5, size=high, impl=impl, **options)
+        got = cam_pseudo_labels(few.to(dtype), 0.5, classes=listed, size=high, impl=impl, **options)
+        assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(("classes", "present"), PRESENT.values(), ids=PRESENT)
+def test_present_classes_alone_in_the_reference_and_in_raw(classes: int, present: list) -> None:
+    """At the CAMs' own size: elsewhere F.interpolate rounds a map by how many others there are."""
+    full, few, listed = compact(classes, present, (5, 4))
+    expected = reference.cam_pseudo_labels(full, 0.5)
+    got = reference.cam_pseudo_labels(few, 0.5, classes=listed)
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+    logits = torch.randn(2, classes + 1, 1, 1, device=DEVICE)
+    for impl in (*IMPLS, "reference"):
+        whole = raw_cross_entropy(logits, [full, full**2], [0.5, 0.3], impl=impl)
+        assert torch.equal(raw_cross_entropy(logits, [few, few**2], [0.5, 0.3], classes=listed.int(), impl=impl), whole)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nan_of_a_present_class_shows(impl: str) -> None:
+    cams = torch.full((1, 2, 4, 4), float("nan"), device=DEVICE)
+    cams[:, 1] = 0.0
+    classes = torch.tensor([[6, -1]], device=DEVICE)
+    for size in ((4, 4), (8, 8)):
+        assert cam_pseudo_labels(cams, 0.5, classes=classes, size=size, impl=impl)[1].isnan().all()
 
 
 class TestRaw:
@@ -173,6 +240,8 @@ class TestRaw:
         xi = torch.tensor(0.4, device=DEVICE)
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(logits, cams, xi), function(logits, cams, xi))
+        few, classes = cams[:, ::3], torch.tensor([[0, 3], [3, -1]], device=DEVICE)
+        assert torch.equal(compiled(logits, few, xi, classes=classes), function(logits, few, xi, classes=classes))
 
     def test_mixed_precision_logits_and_float32_cams(self) -> None:
         logits, cams = torch.randn(2, 5, 3, 3, device=DEVICE), random_cams((3, 3), 4)
@@ -202,6 +271,11 @@ def _raw(logits: torch.Tensor, cams: torch.Tensor, options: dict, impl: str) -> 
         ({"valid_box": torch.zeros(1, 4)}, "integer"),
         ({"valid_box": [[0, 4, 0, 4]]}, "valid_box must be a torch.Tensor, got list"),
         ({"ignore_index": 256}, "fit uint8"),
+        ({"classes": [[0, 1]]}, "classes must be a torch.Tensor, got list"),
+        ({"classes": torch.zeros(1, 3).long()}, r"classes must be an integer \(1, 2\) tensor, the class of each map"),
+        ({"classes": torch.zeros(1, 2)}, r"classes must be an integer .* got torch.float32"),
+        ({"classes": torch.tensor([[1, 254]])}, "classes holds 254; there can be the classes 0 to 253, and -1"),
+        ({"classes": torch.tensor([[-2, 3]])}, "classes holds -2"),
         ({"impl": "fast"}, "impl must be one of"),
     ],
 )
@@ -221,6 +295,10 @@ def test_raw_errors() -> None:
         raw_cross_entropy(logits, [cams, cams.half()], 0.5)
     with pytest.raises(ValueError, match="at least one tensor of cams"):
         raw_cross_entropy(logits, [], [])
+    with pytest.raises(ValueError, match="classes holds 2; there can be the classes 0 to 1, and -1"):
+        raw_cross_entropy(logits, cams, 0.5, classes=torch.tensor([[2, -1]]))
+    with pytest.raises(ValueError, match=r"logits must be \(B, C \+ 1, h, w\)"):
+        raw_cross_entropy(logits, torch.zeros(2, 1, 2, 2), 0.5, classes=torch.zeros(2, 1).long())
 
 
 def test_nan_under_the_debug_switch(monkeypatch: pytest.MonkeyPatch) -> None:

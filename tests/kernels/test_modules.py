@@ -29,7 +29,7 @@ BOX = torch.tensor([[0, 9, 0, 9], [2, 10, 1, 8]])
             reference.raw_cross_entropy,
             (LOGITS, CAMS, 0.4),
             {"lambda_alpha": 0.6, "lambda_beta": 2.0},
-            {"size": (10, 10), "valid_box": BOX},
+            {"size": (10, 10), "valid_box": BOX, "classes": torch.tensor([[0, 1, 2], [0, 2, -1]])},
         ),
         (
             SegToCAMLoss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,7 +16,7 @@ BLOCK = 256
 @triton.jit(do_not_specialize=["C", "h", "w", "H", "W", "ignore_index"])
 def label_kernel(
     cams,  # (B, C, h, w)
-    active,  # (B, C) bool: the map is not all zero; or unused
+    names,  # (B, C) int64: the label of each map, 0 for one that is all zero; or unused
     threshold,  # 0-d
     valid_box,  # (B, 4) int64 or unused
     labels,  # (B, H, W) uint8, out
@@ -28,6 +29,7 @@ def label_kernel(
     lambda_alpha,
     lambda_beta,
     ignore_index,
+    LISTED: tl.constexpr,
     RESIZED: tl.constexpr,
     BOXED: tl.constexpr,
     RELIABILITY: tl.constexpr,
@@ -51,7 +53,8 @@ def label_kernel(
     y1, x1 = tl.minimum(y0 + 1, h - 1), tl.minimum(x0 + 1, w - 1)
     for c in range(C):
         plane = cams + (image * C + c) * h * w
-        wanted = tl.load(active + image * C + c) != 0 if RESIZED else True
+        name = tl.load(names + image * C + c).to(tl.int32) if LISTED else c + 1
+        wanted = name != 0 if LISTED else True
         if wanted:
             if RESIZED:
                 c00 = tl.load(plane + y0 * w + x0, mask=inside, other=0.0).to(tl.float32)
@@ -65,7 +68,7 @@ def label_kernel(
             # The second condition lets a NaN through, which then stays and shows in the result.
             higher = (value > best) | (value != value)
             best = tl.where(higher, value, best)
-            label = tl.where(higher, c + 1, label)
+            label = tl.where(higher, name, label)
     xi = tl.load(threshold).to(tl.float32)
     near = tl.minimum(tl.maximum(xi, EDGE), 1.0 - EDGE)
     distance = tl.where(best >= xi, (best - near) / (1.0 - near), (near - best) / near)
@@ -90,6 +93,7 @@ def label_kernel(
 def assign(
     cams: Tensor,
     threshold: Tensor,
+    classes: Tensor | None,
     valid_box: Tensor | None,
     lambda_alpha: float,
     lambda_beta: float,
@@ -104,22 +108,25 @@ def assign(
         ValueError: sizes whose product passes 2^30.
     """
     cams = cams.contiguous()
-    batch, classes, h, w = cams.shape
+    batch, maps, h, w = cams.shape
     _, height, width = labels.shape
     if max((h + 1) * height, (w + 1) * width, height * width) >= 2**30:
         raise ValueError(f"up-sampling {h} x {w} to {height} x {width} passes the kernel's 32-bit coordinates")
     resized = (h, w) != (height, width)
-    # At low resolution it is cheap to see which maps are empty; at full resolution it would read everything twice.
-    active = ~(cams.amax(dim=(2, 3)) <= 0) if resized else None
+    names = None if classes is None else classes + 1
+    if resized:
+        # At low resolution it is cheap to see which maps are empty; at full resolution it would read everything twice.
+        names = torch.arange(1, maps + 1, device=cams.device).expand(batch, -1) if names is None else names
+        names = names.masked_fill(cams.amax(dim=(2, 3)) <= 0, 0)
     with device_of(cams):
         label_kernel[(triton.cdiv(height * width, BLOCK), batch)](
             cams,
-            active,
+            None if names is None else names.contiguous(),
             threshold,
             None if valid_box is None else valid_box.long().contiguous(),
             labels,
             values,
-            classes,
+            maps,
             h,
             w,
             height,
@@ -127,6 +134,7 @@ def assign(
             lambda_alpha,
             lambda_beta,
             ignore_index,
+            LISTED=names is not None,
             RESIZED=resized,
             BOXED=valid_box is not None,
             RELIABILITY=reliability,

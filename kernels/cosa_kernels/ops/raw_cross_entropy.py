@@ -19,6 +19,7 @@ def raw_cross_entropy(
     cams: Tensor | Sequence[Tensor],
     threshold: float | Tensor | Sequence[float | Tensor],
     *,
+    classes: Tensor | None = None,
     size: Size | None = None,
     valid_box: Tensor | None = None,
     lambda_alpha: float = 0.8,
@@ -33,8 +34,10 @@ def raw_cross_entropy(
     Args:
         logits: (B, C + 1, h, w) segmentation logits of the network in training; channel 0 is background.
         cams: (B, C, h', w') in [0, 1], zero for absent classes; they get no gradient. Or a sequence of such tensors
-            (main and auxiliary CAMs, say): their losses are added, in one pass.
+            (main and auxiliary CAMs, say): their losses are added, in one pass. With `classes`: (B, P, h', w').
         threshold: xi in (0, 1), a float or a 0-d tensor on the device; or a sequence with one for each of `cams`.
+        classes: (B, P) integers below C, the class of each map, the same for all of `cams`; -1 for padding, a map of
+            zeros. None: map c is class c.
         size: (H, W) at which pixels are compared; None: that of `cams`.
         valid_box: (B, 4) integers y0, y1, x0, x1, half open, in pixels of `size`.
         lambda_alpha: scale of the normalised distance to the threshold, in (0, 1).
@@ -58,33 +61,42 @@ def raw_cross_entropy(
     """
     maps = [cams] if isinstance(cams, Tensor) else list(cams)
     thresholds = list(threshold) if isinstance(threshold, Sequence) else [threshold] * len(maps)
-    _check(logits, maps, thresholds)
-    check_arguments(maps, thresholds, valid_box, lambda_alpha, lambda_beta)
+    _check(logits, maps, thresholds, classes)
+    check_arguments(maps, thresholds, classes, valid_box, lambda_alpha, lambda_beta)
     cams_impl, impl = choose(impl, maps[0]), choose(impl, logits)
     if impl == "reference":
         losses = [
             reference.raw_cross_entropy(
-                logits, m, t, size=size, valid_box=valid_box, lambda_alpha=lambda_alpha, lambda_beta=lambda_beta
+                logits,
+                m,
+                t,
+                classes=classes,
+                size=size,
+                valid_box=valid_box,
+                lambda_alpha=lambda_alpha,
+                lambda_beta=lambda_beta,
             )
             for m, t in zip(maps, thresholds, strict=True)
         ]
         return sum(losses[1:], losses[0])
+    count = logits.shape[1] - 1
     labels, reliability = assign_labels(
-        maps, thresholds, size, valid_box, lambda_alpha, lambda_beta, 255, True, cams_impl
+        maps, thresholds, classes, count, size, valid_box, lambda_alpha, lambda_beta, 255, True, cams_impl
     )
     # Ignored pixels have reliability 0.
     scale = reciprocal_total(reliability, accumulator(logits.dtype))
     return scaled_cross_entropy(logits, labels, reliability, scale, 255, impl)
 
 
-def _check(logits: Tensor, cams: list[Tensor], thresholds: list[float | Tensor]) -> None:
+def _check(logits: Tensor, cams: list[Tensor], thresholds: list[float | Tensor], classes: Tensor | None) -> None:
     check_maps("logits", logits)
     if not cams or len(thresholds) != len(cams):
         raise ValueError(
             f"give at least one tensor of cams, and one threshold for each: got {len(cams)} and {len(thresholds)}"
         )
     for maps in cams:
-        if maps.ndim == 4 and (maps.shape[0], maps.shape[1] + 1) != (logits.shape[0], logits.shape[1]):
+        channels = logits.shape[1] - 1 if classes is None else maps.shape[1]
+        if maps.ndim == 4 and tuple(maps.shape[:2]) != (logits.shape[0], channels):
             raise ValueError(
                 f"logits must be (B, C + 1, h, w), background first, for (B, C, h', w') cams: got "
                 f"{tuple(logits.shape)} and {tuple(maps.shape)}"

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,9 +96,9 @@ def run(options: Options) -> None:
 def _split(options: Options, write: Write) -> None:
     case = f"{options.side or 'original'} px" + ("" if options.crf == "none" else f", {options.crf} CRF")
 
-    def counted(systems: Systems, split: str) -> Iterator[Outcome]:
+    def counted(systems: Systems, split: str, images: Sequence[Image]) -> Iterator[Outcome]:
         start, step = time.perf_counter(), max(1, options.count // options.samples)
-        for number, outcome in enumerate(outcomes(systems, split), start=1):
+        for number, outcome in enumerate(outcomes(systems, split, images), start=1):
             yield outcome
             if number % step == 0 or number == options.count:
                 write(case, "evaluate", number, time.perf_counter() - start, _resident())

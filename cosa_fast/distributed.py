@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -34,36 +35,60 @@ class World:
         """Whether this process writes files and reports."""
         return self.rank == 0
 
-    def share(self, items: Sequence[Item]) -> Sequence[Item]:
-        """This process's consecutive part of `items`; the parts of all of them are `items`, each one once."""
-        start, stop = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
+    @property
+    def quiet(self) -> bool | None:
+        """What tqdm's `disable` is to be: the first process shows its progress, on a terminal."""
+        return None if self.first else True
+
+    def share(self, items: Sequence[Item], whole: int = 1) -> Sequence[Item]:
+        """This process's consecutive part of `items`; the parts of all of them are `items`, each one once.
+
+        Args:
+            whole: so many items, counted from the first one, stay together: what is computed in batches of that size
+                is then computed in the same batches, and to the same bit, by any number of processes.
+        """
+        groups = -(-len(items) // whole)
+        start, stop = (groups * rank // self.size * whole for rank in (self.rank, self.rank + 1))
         return items[start:stop]
 
     def add(self, *tensors: Tensor) -> None:
         """Replace each tensor, on the device of this process, by the sum of all processes'."""
         if self.size > 1:
-            for tensor in tensors:
-                dist.all_reduce(tensor)
+            with _together():
+                for tensor in tensors:
+                    dist.all_reduce(tensor)
 
     def gather(self, value: Item) -> list[Item]:
         """Every process's `value`, picklable and in the order of ranks, in the first one; elsewhere an empty list."""
         if self.size == 1:
             return [value]
         values: list[Item] = [value] * self.size if self.first else []
-        dist.gather_object(value, values if self.first else None)
+        with _together():
+            dist.gather_object(value, values if self.first else None)
         return values
 
     def tell(self, value: Item) -> Item:
         """The first process's `value` (picklable), in all of them."""
         values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(values)
+            with _together():
+                dist.broadcast_object_list(values)
         return values[0]
 
     def wait(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
-            dist.barrier()
+            with _together():
+                dist.barrier()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """A failed exchange as what it means: the processes fail one by one, and only the first one to do so knows why."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError("another process of this run ended too early: its own message says why") from error
 
 
 def requested() -> int:

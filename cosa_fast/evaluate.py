@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from cosa_fast.crf import CRF_PRESETS, CrfItem, CrfPool, require_crf
 from cosa_fast.data.index import Index
 from cosa_fast.data.masks import Masks, load_masks
 from cosa_fast.data.store import Pixels, PseudoLabels
+from cosa_fast.distributed import World
 from cosa_fast.figures import PanelRow, write_panel
 from cosa_fast.files import write_atomically
 from cosa_fast.gallery import require_gallery, write_gallery
@@ -53,6 +55,9 @@ def evaluate(
     A store must come from the checkpoint beside it. CoSA-MS may come from another one or from another store, because
     what it predicts depends on neither; then a warning and the report say so.
 
+    Processes of torchrun share the batches of each split, so that every image is in the batch that it is in for one
+    process, and the results are the same to the bit. The first process draws and writes.
+
     Args:
         index: the dataset index.
         masks: its list of masks.
@@ -71,6 +76,7 @@ def evaluate(
     if evaluation.crf != "none":
         require_crf()
     machine = resolve(runtime, threads)
+    world = machine.world
     dataset = Index.load(index)
     truth = load_masks(masks, index)
     splits = _checked_splits(splits, dataset, index, truth, masks)
@@ -86,7 +92,7 @@ def evaluate(
         labels = PseudoLabels(store)
         labels.require_match(dataset)
         labels.require_checkpoint(cosa.sha256, checkpoint)
-    remarks = list(_remarks(cosa, standalone, labels))
+    remarks = list(_remarks(cosa, standalone, labels)) if world.first else []
     for remark in remarks:
         log.warning("%s", remark)
     systems = Systems(dataset, truth, cosa, standalone, labels, evaluation, machine, threads)
@@ -97,6 +103,8 @@ def evaluate(
         scores += _score_split(systems, split, shown)
     if labels is not None and truth.has(dataset.train_split):
         scores += _score_store(systems, labels)
+    if not world.first:
+        return
     if panel is not None:
         write_panel(
             panel,
@@ -153,38 +161,41 @@ class _Totals:
         self.kinds = classes + 1
         self.confusions: dict[tuple[str, str], Tensor] = {}
 
-    def add(self, system: str, setting: str, truth: Tensor, prediction: Tensor) -> None:
+    def count(self, system: str, setting: str, truth: Tensor, prediction: Tensor) -> None:
         """Count (H, W) class maps."""
-        confusion = confusion_matrix(truth, prediction, self.kinds)
-        if (system, setting) in self.confusions:
-            self.confusions[system, setting] += confusion
-        else:
-            self.confusions[system, setting] = confusion
+        self._add({(system, setting): confusion_matrix(truth, prediction, self.kinds)})
 
-    def scores(self, split: str) -> list[Score]:
-        """In the order of the report."""
+    def scores(self, split: str, world: World) -> list[Score]:
+        """Of all processes' images, in the order of the report; elsewhere than in the first process an empty list."""
+        everything = _Totals(self.kinds - 1)
+        for confusions in world.gather({key: confusion.cpu() for key, confusion in self.confusions.items()}):
+            everything._add(confusions)
         keys = [(system, setting) for system in ORDER for setting in (FREE, FILTERED)]
-        return [Score(split, *key, self.confusions[key].cpu()) for key in keys if key in self.confusions]
+        return [Score(split, *key, everything.confusions[key]) for key in keys if key in everything.confusions]
+
+    def _add(self, confusions: Mapping[tuple[str, str], Tensor]) -> None:
+        for key, confusion in confusions.items():
+            self.confusions[key] = self.confusions[key] + confusion if key in self.confusions else confusion
 
 
 def _score_split(systems: Systems, split: str, rows: list[PanelRow] | None) -> list[Score]:
-    """Score everything on one split; fills `rows` of the panel unless it is None."""
-    images, config = systems.dataset.splits[split], systems.config
-    shown = set(np.linspace(0, len(images) - 1, config.panel_images).round().tolist())
+    """Score everything on one split; fills the first process's `rows` of the panel unless it is None."""
+    images, config, world = systems.dataset.splits[split], systems.config, systems.machine.world
+    shown = {images[int(k)].id for k in np.linspace(0, len(images) - 1, config.panel_images).round()}
+    own = world.share(images, whole=config.batch_size)
+    own_rows: list[PanelRow] = []
     totals = _Totals(len(systems.dataset.classes))
     refining: deque[tuple[str, str, Tensor, Tensor]] = deque()
 
     def items() -> Iterator[CrfItem]:
         """Counts every image, and gives what the CRF is to refine, if it is on."""
-        everything = tqdm(
-            outcomes(systems, split), total=len(images), desc=f"evaluate {split}", unit="image", disable=None
-        )
-        for position, outcome in enumerate(everything):
+        everything = outcomes(systems, split, own)
+        for outcome in tqdm(everything, f"evaluate {split}", len(own), unit="image", disable=world.quiet):
             truth = to_device(outcome.sample.truth, systems.machine.device)
             for (system, setting), values in outcome.maps.items():
-                totals.add(system, setting, truth, values)
-            if rows is not None and position in shown:
-                rows.append(outcome.panel_row())
+                totals.count(system, setting, truth, values)
+            if rows is not None and outcome.sample.image.id in shown:
+                own_rows.append(outcome.panel_row())
             if config.crf != "none":
                 for system, setting, channels, item in outcome.crf_items():
                     refining.append((system, setting, channels, outcome.sample.truth))
@@ -197,8 +208,10 @@ def _score_split(systems: Systems, split: str, rows: list[PanelRow] | None) -> l
             with CrfPool(systems.threads, CRF_PRESETS[config.crf]) as pool:
                 for best in pool.map(items()):  # the networks run on while processes refine
                     system, setting, channels, truth = refining.popleft()
-                    totals.add(system, setting, truth, channels[torch.from_numpy(best).int()])
-    return totals.scores(split)
+                    totals.count(system, setting, truth, channels[torch.from_numpy(best).int()])
+    if rows is not None:
+        rows += chain.from_iterable(world.gather(own_rows))
+    return totals.scores(split, world)
 
 
 def _image_iou(row: PanelRow, kinds: int) -> float | None:
@@ -209,16 +222,17 @@ def _image_iou(row: PanelRow, kinds: int) -> float | None:
 
 def _score_store(systems: Systems, store: PseudoLabels) -> list[Score]:
     """Score the stored pseudo-labels against the training masks, which nothing else looks at."""
-    dataset, threads = systems.dataset, systems.threads
+    dataset, threads, world = systems.dataset, systems.threads, systems.machine.world
     split, images = dataset.train_split, dataset.train
+    own = world.share(range(len(images)))
 
     def load(position: int) -> tuple[Pixels, Pixels, Pixels]:
         return read_truth(systems, split, images[position]), store.labels(position), store.segmentation(position)
 
     totals = _Totals(len(dataset.classes))
-    loaded = prefetch(load, range(len(images)), threads, ahead=4 * threads)
-    for maps in tqdm(loaded, total=len(images), desc=f"score store {split}", unit="image", disable=None):
+    loaded = prefetch(load, own, threads, ahead=4 * threads)
+    for maps in tqdm(loaded, f"score store {split}", len(own), unit="image", disable=world.quiet):
         truth, labels, segmentation = (torch.tensor(values) for values in maps)
-        totals.add(CAM, FILTERED, truth, labels)
-        totals.add(COSA, FILTERED, truth, segmentation)
-    return totals.scores(f"{split} (store)")
+        totals.count(CAM, FILTERED, truth, labels)
+        totals.count(COSA, FILTERED, truth, segmentation)
+    return totals.scores(f"{split} (store)", world)

@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +43,19 @@ def describe_os_error(error: OSError, path: Path) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"no space left to write {path}: free some, then run again (what was written before is kept)"
     return f"cannot write {path}: {error.strerror or error}"
+
+
+@contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit, so that `finally` cleans up; torchrun sends it when another process fails.
+
+    In the main thread only.
+    """
+    former = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -53,6 +54,9 @@ def write_pseudo_labels(
     The labels follow Eq. 3 at the threshold the training ended with; every pixel gets one, as in the paper. What is
     unsure can be left out later by its confidence (`multistage.min_confidence`).
 
+    Processes of torchrun share the shards, and write the bytes that one process writes. A process takes as many shards
+    together as it takes for no batch to be divided: one, if `pseudo.shard` is a multiple of `pseudo.batch_size`.
+
     Args:
         index: the dataset index.
         checkpoint: of the `train` stage.
@@ -91,7 +95,9 @@ def write_pseudo_labels(
         },
     )
     sizes = [(image.height, image.width) for image in images]
-    write_store(output, info, sizes, _rows(dataset, network, pseudo, machine, threads), pseudo.shard)
+    positions = machine.world.share(range(len(images)), whole=math.lcm(pseudo.shard, pseudo.batch_size))
+    rows = _rows(dataset, [images[position] for position in positions], network, pseudo, machine, threads)
+    write_store(output, info, sizes, rows, pseudo.shard, positions, machine.world)
 
 
 def require_same_classes(classes: tuple[str, ...], checkpoint: Path, dataset: Index, index: Path) -> None:
@@ -108,16 +114,20 @@ def require_same_classes(classes: tuple[str, ...], checkpoint: Path, dataset: In
 
 
 def _rows(
-    dataset: Index, network: CosaCheckpoint, pseudo: PseudoConfig, machine: Runtime, threads: int
+    dataset: Index,
+    images: Sequence[Image],
+    network: CosaCheckpoint,
+    pseudo: PseudoConfig,
+    machine: Runtime,
+    threads: int,
 ) -> Iterator[PseudoLabel]:
-    """The rows of the store, image by image."""
+    """Rows of the store, image by image."""
 
     def load(image: Image) -> Tensor:
         return square(read_rgb(dataset, image), pseudo.size)
 
-    images = dataset.train
     squares = prefetch(load, images, threads, ahead=2 * pseudo.batch_size)
-    progress = tqdm(total=len(images), desc="pseudo-labels", unit="image", disable=None)
+    progress = tqdm(total=len(images), desc="pseudo-labels", unit="image", disable=machine.world.quiet)
     for group in chunks(images, pseudo.batch_size):
         pixels = torch.stack(list(islice(squares, len(group))))
         normalised = normalise(pixels, network.mean, network.std, machine.device)

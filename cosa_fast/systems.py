@@ -138,8 +138,8 @@ class Outcome:
                 yield CRF[system], setting, channels.cpu(), CrfItem(self.sample.image.id, picture, probabilities)
 
 
-def outcomes(systems: Systems, split: str) -> Iterator[Outcome]:
-    """Load the images of a split and run the networks on them, in order.
+def outcomes(systems: Systems, split: str, images: Sequence[Image]) -> Iterator[Outcome]:
+    """Load images of a split and run the networks on them, in order.
 
     Raises:
         ValueError: an image or a mask is missing, damaged, or another one than when it was indexed.
@@ -150,7 +150,7 @@ def outcomes(systems: Systems, split: str) -> Iterator[Outcome]:
         picture, truth = read_rgb(dataset, image), read_truth(systems, split, image)
         return Sample(image, square(picture, config.size), to_tensor(picture), torch.from_numpy(truth))
 
-    samples = prefetch(load, dataset.splits[split], systems.threads, ahead=2 * config.batch_size)
+    samples = prefetch(load, images, systems.threads, ahead=2 * config.batch_size)
     for batch in chunks(samples, config.batch_size):
         yield from _predict(systems, batch)
 

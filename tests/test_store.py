@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -107,6 +108,22 @@ def test_an_interrupted_write_leaves_the_former_store(path: Path) -> None:
         write_store(path, replace(INFO, threshold=0.6), SIZES, interrupted(), shard=2)
     assert files(path) == before
     assert [entry.name for entry in path.parent.iterdir()] == ["store.zarr"]
+
+
+def test_a_terminated_write_leaves_the_former_store(path: Path) -> None:
+    """As torchrun does it when another process failed."""
+    before, handler = files(path), signal.getsignal(signal.SIGTERM)
+
+    def terminated() -> Iterator[PseudoLabel]:
+        yield from rows(3)
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield from rows(5)
+
+    with pytest.raises(SystemExit, match="143"):
+        write_store(path, replace(INFO, threshold=0.6), SIZES, terminated(), shard=2)
+    assert files(path) == before
+    assert [entry.name for entry in path.parent.iterdir()] == ["store.zarr"]
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_a_killed_write_is_not_a_store_and_is_cleaned_up(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ class PseudoConfig(Section):
     """Side in pixels of the square the image is resized to before the scales are applied."""
     batch_size: Positive = 8
     shard: Positive = 64
-    """Images per Zarr shard."""
+    """Images per Zarr shard, a multiple of batch_size for several processes: what each takes at a time."""
 
 
 class MultistageConfig(Section):

@@ -35,13 +35,15 @@ from zarr.codecs import ZstdCodec
 
 from cosa_fast.data.classes import IGNORED
 from cosa_fast.data.index import Index
-from cosa_fast.files import describe_os_error
+from cosa_fast.distributed import World
+from cosa_fast.files import describe_os_error, sigterm_exits
 
 SCHEMA = 2
 ARRAYS = ("labels", "confidence", "segmentation")
 CODEC = ZstdCodec(level=3, checksum=True)
 REMAKE = "make it again with `cosa-fast pseudo-labels`"
 Pixels = NDArray[np.uint8]
+ALONE = World()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,41 +78,60 @@ class PseudoLabel:
 
 
 def write_store(
-    path: Path, info: StoreInfo, sizes: Sequence[tuple[int, int]], rows: Iterable[PseudoLabel], shard: int
+    path: Path,
+    info: StoreInfo,
+    sizes: Sequence[tuple[int, int]],
+    rows: Iterable[PseudoLabel],
+    shard: int,
+    positions: Sequence[int] | None = None,
+    world: World = ALONE,
 ) -> None:
     """Write `rows`, one per image of `info.ids` in that order, `shard` images per file; replaces a former store.
 
-    Everything goes to a sibling folder that is renamed at the end, so a killed run leaves no half store behind.
+    Everything goes to a sibling folder that the first process makes, and renames once all have written, so a killed
+    run leaves no half store behind; the next one deletes that folder.
 
     Args:
         sizes: (height, width) of each image.
+        positions: consecutive images that this process has the rows of, whole shards; None: all of them.
+        world: the processes that write together.
 
     Raises:
         ValueError: a row has another size than announced, rows are too few or too many, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.partial")
+    # Whoever fails deletes the folder after its own last write, so the last one deletes it for good. But once a process
+    # is done, the first one may be renaming the folder.
+    deletes = True
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_group(temporary, info, sizes, rows, shard)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        if world.first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _create_group(temporary, info, sizes, shard)
+        world.wait()
+        everything = range(len(info.ids))
+        with sigterm_exits():
+            _write_rows(temporary, info, sizes, rows, shard, everything if positions is None else positions)
+        deletes = world.first
+        world.wait()
+        if world.first:
+            if path.exists():
+                shutil.rmtree(path)
+            temporary.rename(path)
     except OSError as error:
         raise ValueError(describe_os_error(error, path)) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if deletes:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_group(
-    path: Path, info: StoreInfo, sizes: Sequence[tuple[int, int]], rows: Iterable[PseudoLabel], shard: int
-) -> None:
+def _create_group(path: Path, info: StoreInfo, sizes: Sequence[tuple[int, int]], shard: int) -> None:
     count, (height, width) = len(info.ids), np.max(sizes, axis=0).tolist()
     attributes = {"schema": SCHEMA, "format": "cosa-fast pseudo-labels", **asdict(info)}
     group = zarr.create_group(path, zarr_format=3, attributes=attributes)
     group.create_array("size", data=np.asarray(sizes, dtype=np.int32), dimension_names=("image", "height_width"))
-    arrays = {
-        name: group.create_array(
+    for name in ARRAYS:
+        group.create_array(
             name,
             shape=(count, height, width),
             chunks=(1, height, width),
@@ -119,18 +140,29 @@ def _write_group(
             fill_value=IGNORED,
             compressors=CODEC,
             dimension_names=("image", "y", "x"),
-            config={"write_empty_chunks": True},  # so that a shard that is not there is a shard that is lost
         )
-        for name in ARRAYS
-    }
-    block = {name: np.full((shard, height, width), IGNORED, dtype=np.uint8) for name in ARRAYS}
+
+
+def _write_rows(
+    path: Path,
+    info: StoreInfo,
+    sizes: Sequence[tuple[int, int]],
+    rows: Iterable[PseudoLabel],
+    shard: int,
+    positions: Sequence[int],
+) -> None:
+    # Empty chunks too, so that a shard that is not there is a shard that is lost.
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        group = zarr.open_group(path, mode="r+", zarr_format=3)
+        arrays = {name: _array(group, name) for name in ARRAYS}
+    block = {name: np.full((shard, *arrays[name].shape[1:]), IGNORED, dtype=np.uint8) for name in ARRAYS}
     source = iter(rows)
-    for start in range(0, count, shard):
-        stop = min(start + shard, count)
+    for start in positions[::shard]:
+        stop = min(start + shard, len(info.ids))
         for position in range(start, stop):
             row = next(source, None)
             if row is None:
-                raise ValueError(f"{path.name}: {position} rows for {count} images")
+                raise ValueError(f"{path.name}: {position - positions[0]} rows for {len(positions)} images")
             for name in ARRAYS:
                 pixels = getattr(row, name)
                 if pixels.shape != tuple(sizes[position]):
@@ -143,7 +175,7 @@ def _write_group(
         for name in ARRAYS:
             arrays[name][start:stop] = block[name][: stop - start]
     if next(source, None) is not None:
-        raise ValueError(f"{path.name}: more rows than the {count} images")
+        raise ValueError(f"{path.name}: more rows than the {len(positions)} images")
 
 
 class PseudoLabels:
@@ -264,7 +296,7 @@ class PseudoLabels:
 
 
 class _Shards:
-    """The chunks of an array as `_write_group` lays them out (Zarr v3, codec `sharding_indexed`), one image each.
+    """The chunks of an array as `write_store` lays them out (Zarr v3, codec `sharding_indexed`), one image each.
 
     A shard file ends with the offset and length of each of its chunks (two little-endian 64-bit words) and the CRC-32C
     of that index. All indices are read here, which also finds every missing and every truncated file.

@@ -87,9 +87,10 @@ class Validator:
     def measure(
         self, networks: Mapping[str, CosaNet], thresholds: Thresholds, iteration: int, last: bool
     ) -> list[dict[str, Any]]:
-        """One record per network, as written to `validation.jsonl`.
+        """One record per network, as written to `validation.jsonl`, in the first process; elsewhere an empty list.
 
-        config/README.md documents the keys. All counts are of pixels with a known truth.
+        config/README.md documents the keys. All counts are of pixels with a known truth. Processes of torchrun, which
+        must all call this, share the batches; their number changes no bit of the records.
 
         Args:
             last: measure the whole split, and the CAM pseudo-labels image by image too.
@@ -97,18 +98,19 @@ class Validator:
         everything = self.dataset.splits[self.split]
         count = len(everything) if last else min(self.config.images, len(everything))
         chosen = tuple(everything[k * len(everything) // count] for k in range(count))
-        labels = torch.from_numpy(self.dataset.multi_hot(chosen))
+        own = self.machine.world.share(chosen, whole=self.config.batch_size)
+        labels = torch.from_numpy(self.dataset.multi_hot(tuple(own)))
         modes = {name: net.training for name, net in networks.items()}
         tallies = {name: _Tally(len(self.dataset.classes), self.machine.device) for name in networks}
         position = 0
         # Eager, because the shapes of whole images would use up the compiler's patience with those of the training.
         with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-            for batch in chunks(self._samples(chosen), self.config.batch_size):
+            for batch in chunks(self._samples(own), self.config.batch_size):
                 pixels = torch.stack([image for image, _ in batch])
                 images = normalise(pixels, self.augment.mean, self.augment.std, self.machine.device)
                 present = to_device(labels[position : position + len(batch)], self.machine.device)
                 truths = [to_device(mask, self.machine.device) for _, mask in batch]
-                kept = [mask_values(image, self.machine.device) for image in chosen[position : position + len(batch)]]
+                kept = [mask_values(image, self.machine.device) for image in own[position : position + len(batch)]]
                 position += len(batch)
                 for name, net in networks.items():
                     net.eval()
@@ -118,6 +120,10 @@ class Validator:
                         tallies[name].add(truth, kept[slot], prediction, slot, thresholds, self.cosa)
         for name, net in networks.items():
             net.train(modes[name])
+        gathered = self.machine.world.gather([tally.on_host() for tally in tallies.values()])
+        if not gathered:
+            return []
+        labels = torch.from_numpy(self.dataset.multi_hot(chosen))
         ids = [image.id for image in chosen] if last else None
         fixed = {
             "iteration": iteration,
@@ -127,7 +133,10 @@ class Validator:
             "xi": round(thresholds.main, 6),
             "aux_xi": round(thresholds.aux, 6),
         }
-        return [{**fixed, "network": name, **tally.record(labels, ids)} for name, tally in tallies.items()]
+        return [
+            {**fixed, "network": name, **_Tally.of_all(parts).record(labels, ids)}
+            for name, parts in zip(networks, zip(*gathered, strict=True), strict=True)
+        ]
 
     def _samples(self, images: Sequence[Image]) -> Iterator[tuple[Tensor, Tensor]]:
         """(3, S, S) uint8 image and (H, W) uint8 truth of each image."""
@@ -186,24 +195,52 @@ class _Tally:
 
     def _count(self, name: str, truth: Tensor, prediction: Tensor) -> Tensor:
         confusion = confusion_matrix(truth, prediction, self.kinds)
-        self.confusion[name] = self.confusion[name] + confusion if name in self.confusion else confusion
+        self._add(name, confusion)
         return confusion
 
+    def _add(self, name: str, confusion: Tensor) -> None:
+        self.confusion[name] = self.confusion[name] + confusion if name in self.confusion else confusion
+
+    def on_host(self) -> _Tally:
+        """The same on the CPU, with at most one tensor in each list; here the host waits for the device."""
+        copy = _Tally(self.kinds - 1, torch.device("cpu"))
+        copy.confusion = {name: confusion.cpu() for name, confusion in self.confusion.items()}
+        copy.confidence = self.confidence.cpu()
+        if self.logits:
+            copy.logits = [torch.cat(self.logits).float().cpu()]
+            copy.image_iou, copy.image_perplexity = (
+                [torch.stack(values).cpu()] for values in (self.image_iou, self.image_perplexity)
+            )
+        return copy
+
+    @classmethod
+    def of_all(cls, parts: Sequence[_Tally]) -> _Tally:
+        """What one process would have counted, from the parts `on_host` of all processes in the order of the images."""
+        total = cls(parts[0].kinds - 1, torch.device("cpu"))
+        for part in parts:
+            for name, confusion in part.confusion.items():
+                total._add(name, confusion)
+            total.confidence += part.confidence
+            total.logits += part.logits
+            total.image_iou += part.image_iou
+            total.image_perplexity += part.image_perplexity
+        return total
+
     def record(self, labels: Tensor, ids: list[str] | None) -> dict[str, Any]:
-        """Plain numbers; here the host waits for the device."""
-        scores = torch.cat(self.logits).float().cpu().sigmoid()
+        """Plain numbers of a tally on the CPU with the (N, C) labels of all its images."""
+        scores = torch.cat(self.logits).sigmoid()
         shown = labels.any(dim=0).nonzero().flatten().tolist()  # without an image, a class has no precision
         precisions = [float(binary_average_precision(scores[:, c], labels[:, c].int())) for c in shown]
-        wrong, right = self.confidence.cpu().unbind(dim=1)
+        wrong, right = self.confidence.unbind(dim=1)
         record: dict[str, Any] = {
             "mean_average_precision": round(sum(precisions) / len(shown), 6) if shown else None,
-            **{name: _pixel_counts(matrix.cpu()) for name, matrix in self.confusion.items()},
+            **{name: _pixel_counts(matrix) for name, matrix in self.confusion.items()},
             "confidence": {"right": right[0].tolist(), "wrong": wrong[0].tolist()},
             "aux_confidence": {"right": right[1].tolist(), "wrong": wrong[1].tolist()},
         }
         if ids is not None:
             iou, perplexity = (
-                [round(value, 6) for value in torch.stack(values).tolist()]
+                [round(value, 6) for value in torch.cat(values).tolist()]
                 for values in (self.image_iou, self.image_perplexity)
             )
             record["per_image"] = {"id": ids, "iou": iou, "perplexity": perplexity}

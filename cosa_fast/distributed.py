@@ -58,6 +58,20 @@ class World:
                 for tensor in tensors:
                     dist.all_reduce(tensor)
 
+    def concatenate(self, values: Tensor) -> Tensor:
+        """(size * B, ...) of all processes' (B, ...), in the order of ranks.
+
+        A gradient reaches this process's part only, times `size`: averaged over processes it is that of a loss which
+        every process computes of all parts.
+        """
+        if self.size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values.detach().contiguous())
+        own = values.detach()
+        parts[self.rank] = own + self.size * (values - own) if values.requires_grad else own
+        return torch.cat(parts)
+
     def gather(self, value: Item) -> list[Item]:
         """Every process's `value`, picklable and in the order of ranks, in the first one; elsewhere an empty list."""
         if self.size == 1:
@@ -91,6 +105,10 @@ def _together() -> Iterator[None]:
         raise ValueError("another process of this run ended too early: its own message says why") from error
 
 
+ALONE = World()
+"""One process, without torchrun."""
+
+
 def requested() -> int:
     """How many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -99,7 +117,7 @@ def requested() -> int:
 def join(device_type: str) -> World:
     """Meet the other processes (once): NCCL on "cuda", gloo on "cpu"."""
     if requested() == 1:
-        return World()
+        return ALONE
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if not dist.is_initialized():
         if device_type == "cuda":

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from cosa_kernels import cam_pseudo_labels, raw_cross_entropy, upsample_cross_entropy
+from cosa_kernels import cam_pseudo_labels, upsample_cross_entropy
 from torch import Tensor
 
-from cosa_fast.assign import banded_labels
+from cosa_fast.assign import banded_labels, scale_box
 from cosa_fast.config import CosaConfig
+from cosa_fast.data.classes import BACKGROUND, IGNORED
 
 
 def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -18,45 +19,89 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits.to(labels.dtype), labels)
 
 
-def cam_to_seg_loss(
-    seg: Tensor, cams: Sequence[Tensor], thresholds: Sequence[Tensor], valid_box: Tensor, config: CosaConfig
-) -> Tensor:
-    """L_c2s, added up over kinds of CAMs: segmentation logits against their pseudo-labels (Eq. 3 to 5), in one pass.
+def cam_targets(
+    cams: Sequence[Tensor], thresholds: Sequence[Tensor], valid_box: Tensor, config: CosaConfig
+) -> tuple[Tensor, Tensor]:
+    """What the segmentation is to learn from N kinds of CAMs (Eq. 3, 4), with weights that are not yet normalised.
 
     Args:
-        seg: (B, C + 1, h, w) logits of the online network.
         cams: main and auxiliary merged CAMs of the assignment network, (B, C, S, S) each.
         thresholds: 0-d xi of each.
         valid_box: (B, 4), in pixels of `cams`.
-        config: RAW, balance and ignore-band switches.
+        config: RAW and ignore-band switches.
+
+    Returns:
+        (N, B, S, S) uint8 labels and (N, B, S, S) weights: the reliability (RAW) or 1.
     """
-    alpha, beta = config.lambda_alpha, config.lambda_beta
-    if config.raw and not config.balance:
-        size = (cams[0].shape[-2], cams[0].shape[-1])
-        return raw_cross_entropy(
-            seg, cams, thresholds, size=size, valid_box=valid_box, lambda_alpha=alpha, lambda_beta=beta
-        )
     targets, weights = [], []
-    with torch.no_grad():
-        for maps, threshold in zip(cams, thresholds, strict=True):
-            labels, perplexity = cam_pseudo_labels(
-                maps, threshold, valid_box=valid_box, lambda_alpha=alpha, lambda_beta=beta
-            )
-            if config.ignore_band is not None:
-                labels = banded_labels(maps, config.ignore_band, valid_box)
-            reliability = perplexity.reciprocal() if config.raw else torch.ones_like(perplexity)
-            targets.append(labels)
-            weights.append(balanced_weights(labels, reliability) if config.balance else reliability)
-        target, weight = torch.stack(targets), torch.stack(weights)
-    # The balanced weights of one kind of CAMs add up to 1, or to 1/2 where the batch has only one of the two groups.
-    return upsample_cross_entropy(seg, target, weight=weight, reduction="sum" if config.balance else "mean")
+    for maps, threshold in zip(cams, thresholds, strict=True):
+        labels, perplexity = cam_pseudo_labels(
+            maps,
+            threshold,
+            valid_box=valid_box,
+            lambda_alpha=config.lambda_alpha,
+            lambda_beta=config.lambda_beta,
+        )
+        if config.ignore_band is not None:
+            labels = banded_labels(maps, config.ignore_band, valid_box)
+        targets.append(labels)
+        weights.append(perplexity.reciprocal() if config.raw else torch.ones_like(perplexity))
+    return torch.stack(targets), torch.stack(weights)
 
 
-def balanced_weights(labels: Tensor, reliability: Tensor) -> Tensor:
-    """(B, H, W) weights that give background and foreground pixels half of the loss each (release)."""
-    background = (labels == 0) * reliability
-    foreground = ((labels != 0) & (labels != 255)) * reliability
-    return 0.5 * (background / (background.sum() + 1e-6) + foreground / (foreground.sum() + 1e-6))
+def weight_totals(labels: Tensor, weights: Tensor, balance: bool) -> Tensor:
+    """(N, groups) sums of `cam_targets`' weights: of background and of foreground pixels with `balance`, else of all.
+
+    Those of all parts of a batch, added up, are what `normalised_weights` takes.
+    """
+    groups = [labels == BACKGROUND, labels != IGNORED]
+    if balance:
+        groups[1] &= labels != BACKGROUND
+    kept = [torch.where(group, weights, 0) for group in (groups if balance else groups[1:])]
+    return torch.stack([torch.stack([kind.sum() for kind in group]) for group in kept], dim=1)
+
+
+def normalised_weights(labels: Tensor, weights: Tensor, totals: Tensor, balance: bool) -> Tensor:
+    """(N, B, S, S) weights that add up to 1 over the whole batch, for each of the N kinds of CAMs (Eq. 5).
+
+    With `balance` background and foreground pixels have half of it each (release); a batch with only one of the two
+    groups gets that half. Nothing counts: all are 0.
+    """
+    counted = torch.where(labels != IGNORED, weights, 0)
+    if not balance:
+        share = torch.where(totals > 0, totals.reciprocal(), 0)
+        return counted * share[:, 0, None, None, None]
+    background, foreground = ((totals + 1e-6)[:, group, None, None, None] for group in (0, 1))
+    return 0.5 * counted / torch.where(labels == BACKGROUND, background, foreground)
+
+
+def cam_to_seg_loss(seg: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """L_c2s, added up over N kinds of CAMs: segmentation logits against their pseudo-labels (Eq. 3 to 5), in one pass.
+
+    Args:
+        seg: (B, C + 1, h, w) logits of the online network.
+        labels: (N, B, S, S) of `cam_targets`.
+        weights: (N, B, S, S) of `normalised_weights`.
+    """
+    return upsample_cross_entropy(seg, labels, weight=weights, reduction="sum")
+
+
+def contrast_regions(
+    cams: Tensor, threshold: Tensor, valid_box: Tensor, grid: tuple[int, int], config: CosaConfig
+) -> tuple[Tensor, Tensor]:
+    """Regions for contrastive separation: labels and perplexity of (B, C, S, S) auxiliary CAMs at the tokens (Eq. 9).
+
+    Returns:
+        (B, *grid) uint8 labels, and perplexity; infinite where a position does not count.
+    """
+    small = F.interpolate(cams, size=grid, mode="bilinear", align_corners=False)
+    return cam_pseudo_labels(
+        small,
+        threshold,
+        valid_box=scale_box(valid_box, cams.shape[-1], grid[-1]),
+        lambda_alpha=config.lambda_alpha,
+        lambda_beta=config.lambda_beta,
+    )
 
 
 def dense_energy_loss(

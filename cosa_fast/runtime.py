@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from cosa_fast.config import RuntimeConfig
-from cosa_fast.distributed import World, join
+from cosa_fast.distributed import ALONE, World, join
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Runtime:
     device: torch.device
     bf16: bool
     compiles: bool
-    world: World = field(default_factory=World)
+    world: World = ALONE
     """This process among those that torchrun started."""
 
     def autocast(self) -> AbstractContextManager[object]:

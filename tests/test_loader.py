@@ -52,7 +52,8 @@ def take(iterator: Iterator[Batch], count: int) -> list[Batch]:
 
 def assert_same(one: Batch, two: Batch) -> None:
     for field in fields(Batch):
-        assert torch.equal(getattr(one, field.name), getattr(two, field.name)), field.name
+        left, right = getattr(one, field.name), getattr(two, field.name)
+        assert torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right, field.name
 
 
 def pixels(view: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from cosa_fast.config import AugmentConfig, CosaConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from cosa_fast.data.batch import Batch
-from cosa_fast.losses import balanced_weights, dense_energy_loss
+from cosa_fast.losses import dense_energy_loss, normalised_weights, weight_totals
 from cosa_fast.models.cosa import CosaNet
 from cosa_fast.runtime import resolve
 from cosa_fast.training.guidance import Guidance
@@ -48,7 +49,7 @@ def make_batch(seed: int = 0) -> Batch:
     weak, strong = torch.randn(2, 2, 3, CROP, CROP, dtype=torch.float64, generator=generator)
     labels = torch.tensor([[1.0, 0, 1], [0, 1, 0]], dtype=torch.float64)
     box = torch.tensor([[0, CROP, 0, CROP], [3, 29, 8, CROP]])
-    return Batch(weak, strong, labels, box, torch.arange(2))
+    return Batch(weak, strong, labels, torch.tensor([[0, 2], [1, -1]]), box, torch.arange(2))
 
 
 def up(maps: Tensor, size: int) -> Tensor:
@@ -197,7 +198,7 @@ def test_noise_and_truth_replace_the_guidance() -> None:
     mask = torch.zeros(2, CROP, CROP, dtype=torch.uint8)
     mask[0, :16] = 1
     mask[1, 8:, 8:] = 2
-    oracle = make_trainer(Guidance("gt", lambda index, iteration: mask), guidance="gt")
+    oracle = make_trainer(Guidance("gt", lambda index, iteration, first: mask), guidance="gt")
     assert len({round(value, 9) for value in (spl, noise, terms(oracle)["s2c"])}) == 3
     assert noise == again  # the noise belongs to the iteration, so a resumed run sees the same
     with pytest.raises(ValueError, match="needs the training masks"):
@@ -220,8 +221,9 @@ def test_detach_stops_the_guidance_gradient(detach: str, features: bool, weights
 
 
 def test_balanced_weights_by_hand() -> None:
-    labels = torch.tensor([[[0, 0, 0, 1], [255, 2, 0, 1]]])
-    weight = balanced_weights(labels, torch.ones(1, 2, 4))
+    labels = torch.tensor([[[[0, 0, 0, 1], [255, 2, 0, 1]]]])
+    ones = torch.ones(1, 1, 2, 4)
+    weight = normalised_weights(labels, ones, weight_totals(labels, ones, balance=True), balance=True)
     assert weight.flatten().tolist() == pytest.approx([1 / 8, 1 / 8, 1 / 8, 1 / 6, 0, 1 / 6, 1 / 8, 1 / 6], rel=1e-5)
 
 
@@ -263,6 +265,6 @@ def test_bf16_autocast_step_is_close() -> None:
     rough = make_trainer().float()
     rough.runtime = resolve(RuntimeConfig(device="cpu", precision="bf16"))
     batch = make_batch()
-    batch = Batch(batch.weak.float(), batch.strong.float(), batch.labels.float(), batch.valid_box, batch.index)
+    batch = replace(batch, weak=batch.weak.float(), strong=batch.strong.float(), labels=batch.labels.float())
     one, two = exact.step(25, batch), rough.step(25, batch)
     assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=0.05)

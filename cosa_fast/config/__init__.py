@@ -9,6 +9,7 @@ from cosa_fast.config.results import EvalConfig, MultistageConfig, PseudoConfig,
 from cosa_fast.config.section import Positive, Section
 from cosa_fast.config.training import CosaConfig, ModelConfig, OptimConfig, TrainConfig, ValidationConfig
 from cosa_fast.config.whole import (
+    RHYTHM,
     Config,
     before_guidance,
     config_from_mapping,
@@ -18,6 +19,7 @@ from cosa_fast.config.whole import (
 )
 
 __all__ = [
+    "RHYTHM",
     "AugmentConfig",
     "CocoConfig",
     "Config",

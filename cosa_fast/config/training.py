@@ -119,12 +119,15 @@ class TrainConfig(Section):
 
     iterations: Positive = 32000
     batch_size: Positive = 4
+    """Images of an iteration, of all processes together."""
     seed: NonNegative = 0
     c2s_start: NonNegative = 6000
     """First iteration of the CAM-to-segmentation loss (release: 6000 on VOC, 10000 on COCO)."""
     guidance_start: NonNegative = 6000
     """First iteration of Seg2CAM, contrastive separation and the dynamic threshold; before the decoder is
     trained its pseudo-labels are almost all background and the CAMs collapse."""
+    accumulate: Positive = 1
+    """Parts that each process computes its share of the batch in, one after the other: less memory, same gradient."""
     checkpoint_every: Positive = 500
     log_every: Positive = 20
 

@@ -88,8 +88,8 @@ def load_config(*paths: Path) -> Config:
     return config_from_mapping(merged, source=", ".join(map(str, paths)))
 
 
-RHYTHM = ("checkpoint_every", "log_every")
-"""Keys of the trainings that do not decide the result."""
+RHYTHM = ("accumulate", "checkpoint_every", "log_every")
+"""Keys of the trainings that do not decide the result (rounding aside)."""
 
 
 def to_flags(config: Config, *sections: str, rhythm: bool | None = None) -> str:

@@ -91,12 +91,22 @@ class Plan:
     sizes: NDArray[np.int64]
     """(N, 2) their heights and widths."""
     batch_size: int
+    """Images of this process."""
     seed: int
+    rank: int = 0
+    """Of this process among those that share each batch."""
+    processes: int = 1
+
+    @property
+    def first(self) -> int:
+        """This process's first slot of the whole batch."""
+        return self.rank * self.batch_size
 
     def draws(self, iteration: int) -> Draws:
-        """The draws of batch number `iteration`."""
-        positions = epoch_positions(self.seed, len(self.paths), self.batch_size, iteration)
-        return draw(self.config, self.sizes, positions, self.seed, iteration)
+        """This process's draws of batch number `iteration`: those that one process would make for its slots."""
+        whole = epoch_positions(self.seed, len(self.paths), self.batch_size * self.processes, iteration)
+        positions = whole[self.first : self.first + self.batch_size]
+        return draw(self.config, self.sizes, positions, self.seed, iteration, self.first)
 
 
 def epoch_positions(seed: int, count: int, batch_size: int, iteration: int) -> NDArray[np.int64]:
@@ -114,7 +124,14 @@ def epoch_positions(seed: int, count: int, batch_size: int, iteration: int) -> N
 
 
 def draw_geometry(
-    sizes: NDArray[np.int64], *, crop: int, scale: tuple[float, float], flip: float, seed: int, iteration: int
+    sizes: NDArray[np.int64],
+    *,
+    crop: int,
+    scale: tuple[float, float],
+    flip: float,
+    seed: int,
+    iteration: int,
+    first: int = 0,
 ) -> Geometry:
     """Draw a random resize, mirroring and crop for each image of a batch.
 
@@ -128,9 +145,9 @@ def draw_geometry(
         flip: probability of mirroring.
         seed: of the run.
         iteration: batch number.
+        first: slot of the first image in the whole batch.
     """
-    # Row k of the uniform numbers depends on (seed, iteration, k) alone, not on the batch size.
-    uniform = np.random.default_rng([_GEOMETRY, seed, iteration]).random((len(sizes), 4))
+    uniform = _uniform(_GEOMETRY, seed, iteration, first, len(sizes), 4)
     ratio = scale[0] + uniform[:, 0] * (scale[1] - scale[0])
     resized = np.maximum(1, (sizes * ratio[:, None]).astype(np.int64))
     spare = resized - crop
@@ -139,7 +156,12 @@ def draw_geometry(
 
 
 def draw(
-    config: AugmentConfig, sizes: NDArray[np.int64], positions: NDArray[np.int64], seed: int, iteration: int
+    config: AugmentConfig,
+    sizes: NDArray[np.int64],
+    positions: NDArray[np.int64],
+    seed: int,
+    iteration: int,
+    first: int = 0,
 ) -> Draws:
     """Draw both views of batch `iteration`.
 
@@ -149,11 +171,18 @@ def draw(
         positions: (B,) which of them are in the batch.
         seed: of the run.
         iteration: batch number.
+        first: slot of the first of them in the whole batch.
     """
     geometry = draw_geometry(
-        sizes[positions], crop=config.crop, scale=config.scale, flip=config.flip, seed=seed, iteration=iteration
+        sizes[positions],
+        crop=config.crop,
+        scale=config.scale,
+        flip=config.flip,
+        seed=seed,
+        iteration=iteration,
+        first=first,
     )
-    uniform = np.random.default_rng([_PHOTOMETRY, seed, iteration]).random((len(positions), 5))
+    uniform = _uniform(_PHOTOMETRY, seed, iteration, first, len(positions), 5)
     low, high = config.blur_radius
     return Draws(
         positions=positions,
@@ -197,6 +226,11 @@ def apply_geometry(
     crop = np.full((geometry.crop, geometry.crop, *pixels.shape[2:]), fill, dtype=np.uint8)
     crop[y0:y1, x0:x1] = pixels
     return crop
+
+
+def _uniform(kind: int, seed: int, iteration: int, first: int, rows: int, columns: int) -> NDArray[np.float64]:
+    """(rows, columns) in [0, 1): row k belongs to slot first + k, whatever the batch size."""
+    return np.random.default_rng([kind, seed, iteration]).random((first + rows, columns))[first:]
 
 
 @lru_cache(maxsize=8)

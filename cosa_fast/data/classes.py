@@ -25,6 +25,7 @@ COCO_CLASSES = (
 # fmt: on
 """The 80 categories of MS COCO by category id (the ids themselves run to 90 with gaps)."""
 
+BACKGROUND = 0
 IGNORED = 255
 """Mask value of pixels that count neither for nor against any class."""
 

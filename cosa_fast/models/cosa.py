@@ -26,7 +26,7 @@ class Outputs:
     aux_cams: Tensor
     """(B, C, h, w) maps of the earlier block (M-dagger), as logits."""
     seg: Tensor
-    """(B, C + 1, h, w) segmentation logits S; channel 0 is the background."""
+    """(B, C + 1, h, w) segmentation logits S; channel 0 is the background. Empty if they were not asked for."""
 
 
 class CosaNet(nn.Module):
@@ -46,8 +46,8 @@ class CosaNet(nn.Module):
         self.aux_classifier = nn.Conv2d(dim, num_classes, 1, bias=False)
         self.decoder = large_fov(dim, config.decoder_dim, num_classes + 1, config.decoder_dilation)
 
-    def forward(self, images: Tensor) -> Outputs:
-        """(B, 3, H, W) normalised images, H and W multiples of the encoder's stride."""
+    def forward(self, images: Tensor, decode: bool = True) -> Outputs:
+        """(B, 3, H, W) normalised images, H and W multiples of the encoder's stride; `decode`: segment them too."""
         features, aux_features = self.encoder(images)
         aux_features = self.aux_norm(aux_features.movedim(1, -1)).movedim(-1, 1)
         return Outputs(
@@ -56,7 +56,7 @@ class CosaNet(nn.Module):
             cams=F.conv2d(features, self.classifier.weight),
             guided_cams=self._guided_cams(features),
             aux_cams=F.conv2d(aux_features, self.aux_classifier.weight),
-            seg=self.decoder(features),
+            seg=self.decoder(features) if decode else features.new_empty(0),
         )
 
     def _guided_cams(self, features: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cosa_fast.data.batch import Batch
 
-MaskReader = Callable[[Tensor, int], Tensor]
+MaskReader = Callable[[Tensor, int, int], Tensor]
 
 
 class Guidance:
@@ -21,7 +21,7 @@ class Guidance:
         source: "spl" passes the assignment network's on; "gt" takes the masks' (the oracle); "noise" random masks;
             "none" is never asked.
         masks: for "gt": reads the (B, S, S) masks, in the geometry of a batch's crops, given its positions and the
-            iteration.
+            iteration and the slot of its first image in the whole batch.
         seed: of the noise.
 
     Raises:
@@ -41,9 +41,11 @@ class Guidance:
         """(B, C + 1, h_k, w_k) logits, to be added up at `size`; `views` are the assignment network's."""
         channels, dtype = views[0].shape[1], views[0].dtype
         if self.source == "gt" and self.masks is not None:
-            mask = self.masks(batch.index, iteration).to(views[0].device).long()
+            mask = self.masks(batch.index, iteration, batch.first).to(views[0].device).long()
             return [F.one_hot(torch.where(mask == 255, 0, mask), channels).movedim(-1, 1).to(dtype)]
         if self.source == "noise":
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + iteration)
-            return [torch.rand((len(views[0]), channels, *size), generator=generator).to(views[0].device, dtype)]
+            # Of the whole batch, whatever part of it this is.
+            noise = torch.rand((batch.total or len(views[0]), channels, *size), generator=generator)
+            return [noise[batch.first :][: len(views[0])].to(views[0].device, dtype)]
         return views

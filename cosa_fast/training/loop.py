@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from cosa_fast.distributed import ALONE, World
 from cosa_fast.files import describe_os_error, exclusive, require_space, write_atomically
 
 log = logging.getLogger(__name__)
@@ -66,6 +69,7 @@ def run(
     log_every: int,
     validation: Validation | None = None,
     origin: Origin | None = None,
+    world: World = ALONE,
 ) -> None:
     """Call `step(iteration, batch)` for every iteration not yet done; afterwards the state of the end is saved.
 
@@ -74,47 +78,54 @@ def run(
     continues from there; with another one it starts anew and says so: from `origin`, if there is one. The loader's
     position is the iteration: `batches(start)` must give batch number `start` first. The scalars that `step` returns
     stay on the device and are averaged over `log_every` iterations, then written to `folder/metrics.jsonl` and
-    TensorBoard files there; what `validation` measures goes to `folder/validation.jsonl`.
+    TensorBoard files there, with the seconds per iteration and `waiting`, the share of them spent on the loader; what
+    `validation` measures goes to `folder/validation.jsonl`.
+
+    All processes of `world` call this together. The first one alone touches `folder`; the state it saves continues on
+    any number of them, and the logged scalars are means over them.
 
     Raises:
         ValueError: another process trains in `folder`, the disk is or gets full, the loss is not finite, or a saved
             state is damaged or, for `origin`, of other settings.
     """
-    with exclusive(folder):
+    with exclusive(folder) if world.first else nullcontext():
         path = folder / "state.pt"
-        start = _resume(path, fingerprint, state, name)
-        if start == 0 and origin is not None:
-            start = _begin(origin, folder, state, name)
+        saved = world.tell(_choose_state(path, fingerprint, origin, name) if world.first else None)
+        start = _restore(_read_state(saved), state) if saved is not None else 0
         size = sum(_bytes(part.state_dict()) for part in state.values())
         require_space(folder, 4 * size, f"{name} (two checkpoints and the result)")
-        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
-        metrics, records = (_truncate_log(folder / f"{log}.jsonl", start) for log in ("metrics", "validation"))
-        if validation is None:
-            records.unlink(missing_ok=True)
-        for leftover in folder.glob(f".{path.name}.*.tmp"):  # of a process killed while it saved
-            leftover.unlink()
+        logs = _Logs(folder, start, validated=validation is not None) if world.first else None
+        if world.first:
+            for leftover in folder.glob(f".{path.name}.*.tmp"):  # of a process killed while it saved
+                leftover.unlink()
         totals: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         source = batches(start)
-        clock = time.perf_counter()
-        progress = tqdm(range(start, iterations), desc=name, initial=start, total=iterations, disable=None)
+        waited, clock = 0.0, time.perf_counter()
+        shown = None if world.first else True
+        progress = tqdm(range(start, iterations), desc=name, initial=start, total=iterations, disable=shown)
         for iteration in progress:
-            for key, value in step(iteration, next(source)).items():
+            asked = time.perf_counter()
+            batch = next(source)
+            waited += time.perf_counter() - asked
+            for key, value in step(iteration, batch).items():
                 totals[key] = totals[key] + value if key in totals else value.clone()
                 counts[key] = counts.get(key, 0) + 1
             done = iteration + 1
             if done % log_every == 0 or done == iterations:
                 # One wait for the device per log line, not per iteration.
-                count = counts["loss"]
-                means = {key: float(total) / counts[key] for key, total in totals.items()}
+                means = _means(totals, counts, world)
+                elapsed, clock = time.perf_counter() - clock, time.perf_counter()
+                timing = {"seconds_per_iteration": elapsed / counts["loss"], "waiting": waited / elapsed}
+                waited = 0.0
                 totals.clear()
                 counts.clear()
-                elapsed, clock = time.perf_counter() - clock, time.perf_counter()
-                _report(metrics, writer, done, {**means, "seconds_per_iteration": elapsed / count})
-                progress.set_postfix(loss=f"{means['loss']:.3f}")
-                if progress.disable:
-                    log.info("%s: iteration %d/%d, loss %.3f", name, done, iterations, means["loss"])
-                if not means["loss"] == means["loss"] or abs(means["loss"]) == float("inf"):
+                if logs is not None:
+                    logs.report(done, {**means, **timing})
+                    progress.set_postfix(loss=f"{means['loss']:.3f}")
+                    if progress.disable:
+                        log.info("%s: iteration %d/%d, loss %.3f", name, done, iterations, means["loss"])
+                if not math.isfinite(means["loss"]):
                     raise ValueError(
                         f"{name}: the loss is {means['loss']} at iteration {done}; lower the learning rate or look at "
                         f"{folder / 'metrics.jsonl'}. The last checkpoint is kept"
@@ -122,15 +133,16 @@ def run(
             if validation is not None and (done % validation.every == 0 or done == iterations):
                 began = time.perf_counter()
                 lines, scalars = validation.measure(done)
-                _append(records, lines)
-                for key, scalar in scalars.items():
-                    writer.add_scalar(key, scalar, done)
+                if logs is not None:
+                    logs.validated(done, lines, scalars)
                 clock += time.perf_counter() - began
-            if (done % checkpoint_every == 0 or done == iterations) and all(map(_finite, totals.values())):
+            if (done % checkpoint_every == 0 or done == iterations) and _finite(totals, world) and world.first:
                 _save(path, fingerprint, state, done)
-        writer.close()
+        if logs is not None:
+            logs.writer.close()
         if hasattr(source, "close"):
             source.close()
+        world.wait()
 
 
 def publish(folder: Path, output: Path) -> None:
@@ -180,23 +192,22 @@ def _save(path: Path, fingerprint: Mapping[str, Any], state: Mapping[str, Statef
     write_atomically(path, write)
 
 
-def _resume(path: Path, fingerprint: Mapping[str, Any], state: Mapping[str, Stateful], name: str) -> int:
-    """Load a saved state if it belongs to this run; the iteration to go on with."""
-    if not path.exists():
-        return 0
-    saved = _read_state(path)
-    difference = _difference(json.loads(saved["fingerprint"]), json.loads(json.dumps(fingerprint, default=str)))
-    if difference:
+def _choose_state(path: Path, fingerprint: Mapping[str, Any], origin: Origin | None, name: str) -> Path | None:
+    """The saved state to go on with: this run's own, else that of `origin`, whose logs are taken over; or none."""
+    if path.exists():
+        saved = _read_state(path)
+        difference = _difference(json.loads(saved["fingerprint"]), json.loads(json.dumps(fingerprint, default=str)))
+        if not difference:
+            log.info("%s: continuing from iteration %d (%s)", name, saved["iteration"], path)
+            return path
         other = path.with_name("state.other.pt")
         path.replace(other)
         log.warning("%s: starting anew, %s is of another run (%s)", name, other, "; ".join(difference[:5]))
-        return 0
-    log.info("%s: continuing from iteration %d (%s)", name, saved["iteration"], path)
-    return _restore(saved, state)
+    return None if origin is None else _take_over(origin, path.parent, name)
 
 
-def _begin(origin: Origin, folder: Path, state: Mapping[str, Stateful], name: str) -> int:
-    """Load the state of another run, with its logs; the iteration to go on with."""
+def _take_over(origin: Origin, folder: Path, name: str) -> Path:
+    """The state of another run, with its logs."""
     path = origin.folder / "state.pt"
     if not path.exists():
         raise ValueError(f"{origin.folder} is no warm-up of `cosa-fast warmup`: there is no {path.name}")
@@ -210,7 +221,7 @@ def _begin(origin: Origin, folder: Path, state: Mapping[str, Stateful], name: st
         log_file.unlink()
     shutil.copytree(origin.folder, folder, ignore=shutil.ignore_patterns(path.name), dirs_exist_ok=True)
     log.info("%s: beginning at iteration %d with %s", name, saved["iteration"], origin.folder)
-    return _restore(saved, state)
+    return path
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -237,6 +248,32 @@ def _difference(old: Any, new: Any, place: str = "") -> list[str]:
     return [] if old == new else [f"{place} was {old!r}, is {new!r}"]
 
 
+class _Logs:
+    """A run's metrics, validation records and TensorBoard files; those past the resumed iteration are forgotten."""
+
+    def __init__(self, folder: Path, start: int, validated: bool) -> None:
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+        self.metrics, self.records = (
+            _truncate_log(folder / f"{kind}.jsonl", start) for kind in ("metrics", "validation")
+        )
+        if not validated:
+            self.records.unlink(missing_ok=True)
+
+    def report(self, iteration: int, values: Mapping[str, float]) -> None:
+        """Scalars of the training."""
+        _append(self.metrics, [{"iteration": iteration, **{k: round(v, 6) for k, v in values.items()}}])
+        self._scalars(iteration, values)
+
+    def validated(self, iteration: int, lines: list[dict[str, Any]], scalars: Mapping[str, float]) -> None:
+        """What the validation measured."""
+        _append(self.records, lines)
+        self._scalars(iteration, scalars)
+
+    def _scalars(self, iteration: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, iteration)
+
+
 def _truncate_log(path: Path, start: int) -> Path:
     """Drop lines past the resumed iteration, which will be written again, and one that a full disk cut short."""
     kept = []
@@ -252,20 +289,27 @@ def _truncate_log(path: Path, start: int) -> Path:
     return path
 
 
-def _report(path: Path, writer: SummaryWriter, iteration: int, values: Mapping[str, float]) -> None:
-    _append(path, [{"iteration": iteration, **{k: round(v, 6) for k, v in values.items()}}])
-    for key, value in values.items():
-        writer.add_scalar(key, value, iteration)
-
-
 def _append(path: Path, records: list[dict[str, Any]]) -> None:
     with open(path, "a") as handle:
         handle.write("".join(json.dumps(record) + "\n" for record in records))
 
 
-def _finite(total: Tensor) -> bool:
-    """Whether a state is worth saving: one whose loss is not finite could never be resumed."""
-    return bool(total.isfinite().all())
+def _means(totals: Mapping[str, Tensor], counts: Mapping[str, int], world: World) -> dict[str, float]:
+    """Of each scalar over the iterations, and over all processes."""
+    if world.size > 1:
+        together = torch.stack([total.double() for total in totals.values()])
+        world.add(together)
+        totals = dict(zip(totals, (together / world.size).unbind(), strict=True))
+    return {key: float(total) / counts[key] for key, total in totals.items()}
+
+
+def _finite(totals: Mapping[str, Tensor], world: World) -> bool:
+    """Whether a state is worth saving: one whose loss is not finite, in any process, could never be resumed."""
+    if world.size > 1 and totals:
+        bad = torch.stack([~total.isfinite() for total in totals.values()]).sum()
+        world.add(bad)
+        return not bad
+    return all(bool(total.isfinite().all()) for total in totals.values())
 
 
 def _bytes(value: Any) -> int:

@@ -16,14 +16,17 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL.Image import Resampling
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-from cosa_fast.config import MultistageConfig, RuntimeConfig
+from cosa_fast.config import RHYTHM, MultistageConfig, RuntimeConfig
 from cosa_fast.data.augment import Geometry, apply_geometry, draw_geometry, epoch_positions
 from cosa_fast.data.classes import IGNORED
 from cosa_fast.data.index import Index
 from cosa_fast.data.store import PseudoLabels
+from cosa_fast.distributed import ALONE, World
 from cosa_fast.files import require_space, sha256
 from cosa_fast.inference import chunks, normalise, prefetch, read_rgb
+from cosa_fast.models.batch_norm import share_batch_norm
 from cosa_fast.models.segmenter import Segmenter, build_segmenter, normalisation, save_segmenter
 from cosa_fast.models.vit import parameter_count
 from cosa_fast.runtime import Runtime, resolve
@@ -81,7 +84,8 @@ def train_segmenter(
     labels.load()
     torch.manual_seed(multistage.seed)
     net = build_segmenter(multistage, len(dataset.classes) + 1)
-    _check_batch_size(net, multistage)
+    _check_batch_size(net, multistage, machine.world)
+    share_batch_norm(net, machine.world, machine.device)
     require_space(output.parent, 3 * 4 * parameter_count(net), "the checkpoint")
     log.info(
         "CoSA-MS on %s: %s with %s, %d images, %.1f M parameters, %s",
@@ -94,17 +98,20 @@ def train_segmenter(
         name="multistage",
         folder=resume,
         fingerprint={
-            "multistage": multistage.model_dump(mode="json", exclude={"checkpoint_every", "log_every"}),
+            "multistage": multistage.model_dump(mode="json", exclude=set(RHYTHM)),
             "store": digest,
             "index": sha256(index),
         },
         iterations=multistage.iterations,
         state={"net": trainer.net, "optimizer": trainer.optimizer},
-        batches=lambda start: batches(dataset, labels, multistage, threads, start),
+        batches=lambda start: batches(dataset, labels, multistage, threads, start, machine.world),
         step=trainer.step,
         checkpoint_every=multistage.checkpoint_every,
         log_every=multistage.log_every,
+        world=machine.world,
     )
+    if not machine.world.first:
+        return
     origin = {
         "sha256": digest,
         "checkpoint_sha256": labels.info.checkpoint_sha256,
@@ -130,9 +137,17 @@ class SegmenterTrainer:
             if config.optimizer == "sgd"
             else torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.999))
         )
+        # Averages the gradients of all processes.
+        self.parallel = (
+            DistributedDataParallel(self.net, gradient_as_bucket_view=True) if runtime.world.size > 1 else self.net
+        )
 
     def step(self, iteration: int, batch: SegBatch) -> dict[str, Tensor]:
-        """Train on one batch: cross-entropy over the pixels that have a label."""
+        """Train on one batch, or this process's part of it: cross-entropy over the pixels that have a label.
+
+        Returns:
+            The 0-d loss; its mean over processes is that of the whole batch.
+        """
         config = self.config
         for group in self.optimizer.param_groups:
             rate = poly_lr(iteration, config.lr, config.iterations, config.warmup, config.power)
@@ -141,10 +156,12 @@ class SegmenterTrainer:
         images = normalise(batch.images, self.mean, self.std, self.runtime.device)
         self.net.train()
         with self.runtime.autocast():
-            logits = self.net(images)
+            logits = self.parallel(images)
         total = F.cross_entropy(logits.float(), batch.labels.long(), ignore_index=IGNORED, reduction="sum")
-        # 0 rather than NaN for a batch whose every pixel is ignored.
-        loss = total / (batch.labels != IGNORED).sum().clamp(min=1)
+        world, counted = self.runtime.world, (batch.labels != IGNORED).sum()
+        world.add(counted)
+        # Gradients are averaged over processes, hence their number. 0, not NaN, where every pixel is ignored.
+        loss = world.size * total / counted.clamp(min=1)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -171,8 +188,13 @@ def parameter_groups(net: Segmenter, config: MultistageConfig) -> list[dict[str,
     ]
 
 
-def _check_batch_size(net: Segmenter, config: MultistageConfig) -> None:
+def _check_batch_size(net: Segmenter, config: MultistageConfig, world: World) -> None:
     """One image is enough unless batch normalisation follows a pooling to one pixel: a dry run without data tells."""
+    if config.batch_size % world.size:
+        raise ValueError(
+            f"multistage.batch_size = {config.batch_size} cannot be divided among {world.size} processes: make it a "
+            "multiple"
+        )
     if config.batch_size > 1:
         return
     try:
@@ -187,13 +209,20 @@ def _check_batch_size(net: Segmenter, config: MultistageConfig) -> None:
 
 
 def batches(
-    index: Index, store: PseudoLabels, config: MultistageConfig, threads: int, start: int
+    index: Index,
+    store: PseudoLabels,
+    config: MultistageConfig,
+    threads: int,
+    start: int,
+    world: World = ALONE,
 ) -> Iterator[SegBatch]:
-    """Batches from number `start` on, without end; batch t depends on (seed, t) alone."""
+    """This process's part of batches from number `start` on, without end; batch t depends on (seed, t) alone."""
+    size = config.batch_size // world.size
+    first = world.rank * size
 
     def samples() -> Iterator[tuple[Geometry, int, int]]:
         for iteration in count(start):
-            positions = epoch_positions(config.seed, len(store), config.batch_size, iteration)
+            positions = epoch_positions(config.seed, len(store), config.batch_size, iteration)[first : first + size]
             geometry = draw_geometry(
                 store.sizes[positions].astype(np.int64),
                 crop=config.crop,
@@ -201,6 +230,7 @@ def batches(
                 flip=0.5,
                 seed=config.seed,
                 iteration=iteration,
+                first=first,
             )
             for slot, position in enumerate(positions.tolist()):
                 yield geometry, slot, position
@@ -214,7 +244,7 @@ def batches(
             apply_geometry(labels, geometry, slot, Resampling.NEAREST, fill=IGNORED),
         )
 
-    for crops in chunks(prefetch(load, samples(), threads, ahead=2 * config.batch_size), config.batch_size):
+    for crops in chunks(prefetch(load, samples(), threads, ahead=2 * size), size):
         images, labels = (torch.from_numpy(np.stack(arrays)) for arrays in zip(*crops, strict=True))
         yield SegBatch(images=images.permute(0, 3, 1, 2), labels=labels)
 

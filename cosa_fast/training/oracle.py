@@ -28,7 +28,7 @@ def oracle_masks(masks: Path | None, index: Index, augment: AugmentConfig, train
     paths = [known.path(index.train_split, image.id) for image in index.train]
     sizes = np.array([(image.height, image.width) for image in index.train], dtype=np.int64)
 
-    def read(positions: Tensor, iteration: int) -> Tensor:
+    def read(positions: Tensor, iteration: int, first: int) -> Tensor:
         """(B, S, S) uint8 masks; 255 outside the image and where the truth is undecided."""
         chosen = positions.cpu().numpy()
         geometry = draw_geometry(
@@ -38,6 +38,7 @@ def oracle_masks(masks: Path | None, index: Index, augment: AugmentConfig, train
             flip=augment.flip,
             seed=train.seed,
             iteration=iteration,
+            first=first,
         )
         crops = [
             apply_geometry(

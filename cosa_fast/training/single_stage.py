@@ -12,6 +12,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 
 from cosa_fast.config import (
+    RHYTHM,
     AugmentConfig,
     CosaConfig,
     LoaderConfig,
@@ -25,7 +26,9 @@ from cosa_fast.config import (
 from cosa_fast.data.batch import Batch
 from cosa_fast.data.index import Index
 from cosa_fast.data.loader import batches
+from cosa_fast.distributed import World
 from cosa_fast.files import require_space, sha256
+from cosa_fast.models.batch_norm import normalises_over_batch, share_batch_norm
 from cosa_fast.models.checkpoint import save_safetensors
 from cosa_fast.models.cosa import CosaNet
 from cosa_fast.models.vit import parameter_count
@@ -80,7 +83,8 @@ def warm_up(
     cosa, model = before_guidance(cosa, model)
     run = _prepare("warmup", index, resume, masks, validation_index, model, cosa, train, sections)
     run.loop(until=train.guidance_start)
-    loop.publish(resume, output)
+    if run.trainer.runtime.world.first:
+        loop.publish(resume, output)
 
 
 def train(
@@ -121,6 +125,8 @@ def train(
     require_space(output.parent, 3 * 4 * parameter_count(run.trainer.online), "the checkpoint")
     run.loop(until=train.iterations, origin=origin)
     trainer = run.trainer
+    if not trainer.runtime.world.first:
+        return
     tensors = {
         f"{network}.{name}": tensor
         for network in ("online", "assignment")
@@ -169,6 +175,7 @@ class _Run:
             log_every=settings.log_every,
             validation=self.validation,
             origin=origin,
+            world=trainer.runtime.world,
         )
 
 
@@ -190,13 +197,14 @@ def _prepare(
     torch.manual_seed(train.seed)
     net = CosaNet(model, len(dataset.classes), augment.crop)
     _check_sizes(net, augment, cosa)
+    _check_parts(net, train, cosa, machine.world)
+    share_batch_norm(net, machine.world, machine.device)
     truth = oracle_masks(masks, dataset, augment, train) if cosa.guidance == "gt" else None
     guidance = Guidance(cosa.guidance, truth, train.seed)
     decisive = {"augment": augment, "model": model, "cosa": cosa, "optim": optim, "train": train}
     config: dict[str, Any] = {key: section.model_dump(mode="json") for key, section in decisive.items()}
-    # How often the state is saved and the losses are logged does not decide the result.
-    rhythm = {"checkpoint_every", "log_every"}
-    fingerprint = {**config, "train": train.model_dump(mode="json", exclude=rhythm), "index": sha256(index)}
+    decided = train.model_dump(mode="json", exclude=set(RHYTHM))
+    fingerprint = {**config, "train": decided, "index": sha256(index)}
     log.info(
         "CoSA on %s: %d images, %d classes, %.1f M parameters, %s",
         dataset.name, len(dataset.train), len(dataset.classes), parameter_count(net) / 1e6, machine.device,
@@ -206,7 +214,7 @@ def _prepare(
     def source(start: int) -> Iterator[Batch]:
         return batches(
             dataset, augment=augment, loader=loader, batch_size=train.batch_size, seed=train.seed, start=start,
-            device=machine.device,
+            device=machine.device, world=machine.world,
         )  # fmt: skip
 
     config_of_validation = sections["validation"]
@@ -232,7 +240,7 @@ def _measure(trainer: CosaTrainer, validator: Validator, done: int) -> tuple[lis
 
 
 def make_trainer(net: CosaNet, settings: Settings, machine: Runtime, guidance: Guidance) -> CosaTrainer:
-    """A trainer on its device, compiled where that is on."""
+    """A trainer on its device, compiled where that is on, one of those of all processes."""
     trainer = CosaTrainer(net.to(machine.device), settings, machine, guidance).to(machine.device)
     machine.compile(trainer.online)
     machine.compile(trainer.assignment)
@@ -246,6 +254,27 @@ def _check_sizes(net: CosaNet, augment: AugmentConfig, cosa: CosaConfig) -> None
         raise ValueError(f"augment.crop = {augment.crop} must be a multiple of the model's stride {stride}: try {near}")
     if cosa.label_size is not None and cosa.label_size > augment.crop:
         raise ValueError(f"cosa.label_size = {cosa.label_size} is larger than augment.crop = {augment.crop}")
+
+
+def _check_parts(net: CosaNet, train: TrainConfig, cosa: CosaConfig, world: World) -> None:
+    """Processes and parts have equally many images, and no part needs to know of the others."""
+    whole, parts = train.batch_size, world.size * train.accumulate
+    if whole % parts:
+        possible = [size for size in range(parts, 0, -1) if whole % size == 0]
+        raise ValueError(
+            f"train.batch_size = {whole} cannot be divided among {world.size} processes with train.accumulate = "
+            f"{train.accumulate}: use {possible[0]} in all ({' or '.join(map(str, possible))} divide it)"
+        )
+    if train.accumulate > 1 and any(map(normalises_over_batch, net.modules())):
+        raise ValueError(
+            f"train.accumulate = {train.accumulate}, but the model has batch norm, whose statistics would be a part's, "
+            "not the batch's: set it to 1"
+        )
+    if train.accumulate > 1 and cosa.csc and cosa.csc_scope == "batch":
+        raise ValueError(
+            f"train.accumulate = {train.accumulate}, but cosa.csc_scope = 'batch' contrasts the whole batch at once: "
+            "set accumulate to 1, or the scope to image"
+        )
 
 
 def _check_schedule(train: TrainConfig, cosa: CosaConfig) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from cosa_kernels import DynamicThreshold, cam_pseudo_labels, csc_info_nce, seg_to_cam_loss
+from cosa_kernels import DynamicThreshold, csc_info_nce, seg_to_cam_loss
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from cosa_fast.assign import Assignments, assign, banded_labels, scale_box
+from cosa_fast.assign import Assignments, assign
 from cosa_fast.config import AugmentConfig, CosaConfig, OptimConfig, TrainConfig
 from cosa_fast.data.batch import Batch
 from cosa_fast.losses import cam_to_seg_loss, classification_loss, dense_energy_loss
@@ -18,6 +20,7 @@ from cosa_fast.models.multi_scale import MultiScale, multi_scale
 from cosa_fast.runtime import Runtime
 from cosa_fast.training.guidance import Guidance
 from cosa_fast.training.schedule import ema_momentum, poly_lr
+from cosa_fast.training.targets import Regions, Targets, make_targets
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,86 +57,117 @@ class CosaTrainer(nn.Module):
         )
         self.settings, self.runtime, self.guidance = settings, runtime, guidance
         self.optimizer = build_optimizer(online, settings.optim)
+        # Of several processes, the online network with its gradients averaged over them, and whether it decodes. No
+        # attribute of its own: it would come twice in the state dict.
+        self._parallel: list[tuple[DistributedDataParallel, bool]] = []
 
     def step(self, iteration: int, batch: Batch) -> dict[str, Tensor]:
-        """Train on one batch; returns the value of each loss term and of the threshold, on the device."""
+        """Train on one batch, or on this process's part of it.
+
+        Returns:
+            The value of each loss term and of the threshold, 0-d on the device; the mean over processes is that of the
+            whole batch.
+        """
         train, optim = self.settings.train, self.settings.optim
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * poly_lr(iteration, optim.lr, train.iterations, optim.warmup, optim.power)
-        assignments = self._assign(batch) if iteration >= train.c2s_start else None
+        parts = batch.split(train.accumulate)
+        targets = self._targets(parts, iteration) if iteration >= train.c2s_start else [None] * len(parts)
         self.online.train()
-        with self.runtime.autocast():
-            outputs: Outputs = self.online(batch.strong)
-        terms = self._losses(outputs, batch, assignments, guided=iteration >= train.guidance_start, iteration=iteration)
         # Zero instead of absent gradients: before c2s_start the decoder still decays, as in the release.
         self.optimizer.zero_grad(set_to_none=False)
-        terms["loss"].backward()
+        totals: dict[str, Tensor] = {}
+        online = self._distributed(decodes=targets[0] is not None)
+        for part, target in zip(parts, targets, strict=True):
+            exchange: AbstractContextManager[None] = nullcontext()
+            if isinstance(online, DistributedDataParallel) and part is not parts[-1]:
+                exchange = online.no_sync()  # only the sum of all parts' gradients is exchanged
+            with exchange:
+                with self.runtime.autocast():
+                    outputs: Outputs = online(part.strong, decode=target is not None)
+                terms = self._losses(outputs, part, target, iteration)
+                terms["loss"].backward()
+            for name, value in terms.items():
+                totals[name] = totals[name] + value.detach() if name in totals else value.detach()
         if optim.clip > 0:
             nn.utils.clip_grad_norm_(self.online.parameters(), optim.clip)
         self.optimizer.step()
         self._update_assignment(iteration)
-        return {**{name: value.detach() for name, value in terms.items()}, "threshold": self.threshold.xi.clone()}
+        return {**totals, "threshold": self.threshold.xi.clone()}
+
+    def _distributed(self, decodes: bool) -> CosaNet | DistributedDataParallel:
+        """The online network, as several processes train it together."""
+        if self.runtime.world.size == 1:
+            return self.online
+        if not self._parallel or self._parallel[0][1] != decodes:
+            self._parallel.clear()
+            # Gradients that will not come must not be waited for.
+            self.online.decoder.requires_grad_(decodes)
+            self._parallel.append((DistributedDataParallel(self.online, gradient_as_bucket_view=True), decodes))
+        return self._parallel[0][0]
 
     @torch.no_grad()
-    def _assign(self, batch: Batch) -> Assignments:
-        """The assignment network looks at the weak view (or, without SA, the online network does)."""
+    def _targets(self, parts: list[Batch], iteration: int) -> list[Targets]:
+        """The assignment network looks at the weak views (or, without SA, the online network does)."""
         config = self.settings.cosa
         teacher = self.assignment if config.swap else self.online
         teacher.eval()
-        with self.runtime.autocast():
-            views = multi_scale(teacher, batch.weak, config.scales, config.flip)
-        return assign(_full_precision(views, batch.labels.dtype), batch, config)
+        stride = self.online.encoder.stride
+        rows, columns = (side // stride for side in parts[0].strong.shape[-2:])
+        return make_targets(
+            [self._assign(teacher, part) for part in parts],
+            (self.threshold, self.aux_threshold),
+            (rows, columns),
+            config,
+            iteration >= self.settings.train.guidance_start,
+            self.runtime.world,
+        )
 
-    def _losses(
-        self, outputs: Outputs, batch: Batch, targets: Assignments | None, guided: bool, iteration: int
-    ) -> dict[str, Tensor]:
+    def _assign(self, teacher: CosaNet, part: Batch) -> Assignments:
         config = self.settings.cosa
+        with self.runtime.autocast():
+            views = multi_scale(teacher, part.weak, config.scales, config.flip)
+        return assign(_full_precision(views, part.labels.dtype), part, config)
+
+    def _losses(self, outputs: Outputs, part: Batch, targets: Targets | None, iteration: int) -> dict[str, Tensor]:
+        config, train = self.settings.cosa, self.settings.train
+        share = 1.0 / train.accumulate
         terms = {
-            "cls": classification_loss(outputs.logits, batch.labels),
-            "cls_aux": classification_loss(outputs.aux_logits, batch.labels),
+            "cls": share * classification_loss(outputs.logits, part.labels),
+            "cls_aux": share * classification_loss(outputs.aux_logits, part.labels),
         }
         loss = terms["cls"] + terms["cls_aux"]
         if targets is not None:
-            cams, aux_cams, box = targets.cams, targets.aux_cams, targets.valid_box
-            if guided and config.dynamic_threshold:
-                self.threshold.update(cams, box)
-                self.aux_threshold.update(aux_cams, box)
-            xi, aux_xi = self.threshold.xi, self.aux_threshold.xi
-            terms["c2s"] = cam_to_seg_loss(outputs.seg, (cams, aux_cams), (xi, aux_xi), box, config)
+            terms["c2s"] = cam_to_seg_loss(outputs.seg, targets.labels, targets.weights)
             loss = loss + config.lambda_c2s * terms["c2s"]
-            if guided and config.guidance != "none":
-                terms["s2c"] = self._guide(outputs.guided_cams, targets, batch, iteration)
+            if iteration >= train.guidance_start and config.guidance != "none":
+                terms["s2c"] = share * self._guide(outputs.guided_cams, targets.assignments, part, iteration)
                 loss = loss + config.lambda_s2c * terms["s2c"]
-            if guided and config.csc:
-                terms["csc"] = self._contrast(outputs.cams, aux_cams, aux_xi, box)
+            if targets.regions is not None:
+                terms["csc"] = self._contrast(outputs.cams, targets.regions)
                 loss = loss + config.lambda_csc * terms["csc"]
             if config.lambda_energy > 0:
-                terms["energy"] = self._energy(outputs.seg, targets, batch)
+                terms["energy"] = share * self._energy(outputs.seg, targets, part)
                 loss = loss + config.lambda_energy * terms["energy"]
         return {**terms, "loss": loss}
 
-    def _guide(self, cams: Tensor, targets: Assignments, batch: Batch, iteration: int) -> Tensor:
+    def _guide(self, cams: Tensor, assignments: Assignments, part: Batch, iteration: int) -> Tensor:
         """L_s2c against the configured source of guidance (Eq. 7, 8; Fig. 1)."""
         config = self.settings.cosa
-        size = (targets.cams.shape[-2], targets.cams.shape[-1])
-        seg = self.guidance.seg_logits(targets.seg, size, batch, iteration)
+        size = (assignments.cams.shape[-2], assignments.cams.shape[-1])
+        seg = self.guidance.seg_logits(assignments.seg, size, part, iteration)
         guided = cams.relu() if config.s2c_relu else cams
-        return seg_to_cam_loss(guided, seg, batch.labels, temperature=config.spl_temperature, size=size)
+        return seg_to_cam_loss(guided, seg, part.labels, temperature=config.spl_temperature, size=size)
 
-    def _contrast(self, cams: Tensor, aux_cams: Tensor, aux_xi: Tensor, box: Tensor) -> Tensor:
+    def _contrast(self, cams: Tensor, regions: Regions) -> Tensor:
         """L_csc: regions from the auxiliary assignments, at the resolution of the CAMs (Eq. 9, 10)."""
         config = self.settings.cosa
-        side, grid = aux_cams.shape[-1], cams.shape[-1]
-        with torch.no_grad():
-            small = nn.functional.interpolate(aux_cams, size=cams.shape[-2:], mode="bilinear", align_corners=False)
-            labels, perplexity = cam_pseudo_labels(
-                small,
-                aux_xi,
-                valid_box=scale_box(box, side, grid),
-                lambda_alpha=config.lambda_alpha,
-                lambda_beta=config.lambda_beta,
-            )
-        return csc_info_nce(
+        labels, perplexity, share = regions.labels, regions.perplexity, regions.share
+        if config.csc_scope == "batch":
+            # Every process computes the loss of all.
+            cams, labels, perplexity = map(self.runtime.world.concatenate, (cams, labels, perplexity))
+            share = torch.ones_like(share)
+        return share * csc_info_nce(
             cams,
             labels,
             perplexity,
@@ -142,13 +176,10 @@ class CosaTrainer(nn.Module):
             scope=config.csc_scope,
         )
 
-    def _energy(self, seg: Tensor, targets: Assignments, batch: Batch) -> Tensor:
-        config, augment = self.settings.cosa, self.settings.augment
-        mean, std = (batch.strong.new_tensor(values).view(1, 3, 1, 1) for values in (augment.mean, augment.std))
-        labels, _ = cam_pseudo_labels(targets.cams, self.threshold.xi, valid_box=targets.valid_box)
-        if config.ignore_band is not None:
-            labels = banded_labels(targets.cams, config.ignore_band, targets.valid_box)
-        return dense_energy_loss(seg, 255.0 * (batch.strong * std + mean), labels, batch.valid_box)
+    def _energy(self, seg: Tensor, targets: Targets, part: Batch) -> Tensor:
+        augment = self.settings.augment
+        mean, std = (part.strong.new_tensor(values).view(1, 3, 1, 1) for values in (augment.mean, augment.std))
+        return dense_energy_loss(seg, 255.0 * (part.strong * std + mean), targets.labels[0], part.valid_box)
 
     @torch.no_grad()
     def _update_assignment(self, iteration: int) -> None:

@@ -291,8 +291,8 @@ class DynamicThreshold(nn.Module):
 
     A confidence is the largest CAM of a pixel. Keeps a ring buffer of one histogram per batch (not of values), refits
     the mixture at each update and smooths the result. The threshold is the 0-d tensor `.xi` (`.xi.clone()` to keep
-    one); it, the buffer and its position stay on the device and are the state dict. It sees the batches of its own
-    process: where several train together, broadcast xi, or gather the CAMs' histograms first.
+    one); it, the buffer and its position stay on the device and are the state dict. `update` sees the batch of its own
+    process: where several train together, add up what `count` returns and pass the sum to `update_counts`.
 
     Args:
         initial: xi before the first successful fit.
@@ -355,7 +355,6 @@ class DynamicThreshold(nn.Module):
             f"impl={self.impl!r}"
         )
 
-    @torch.no_grad()
     def update(self, cams: Tensor, valid_box: Tensor | None = None) -> Tensor:
         """Take in one batch and refit.
 
@@ -369,9 +368,21 @@ class DynamicThreshold(nn.Module):
         Raises:
             ValueError: a shape, dtype or device is impossible.
         """
+        return self.update_counts(self.count(cams, valid_box))
+
+    def count(self, cams: Tensor, valid_box: Tensor | None = None) -> Tensor:
+        """(bins,) int64 histogram of some images: the sum over all parts of a batch is what `update_counts` takes.
+
+        Arguments and errors are those of `update`.
+        """
         check_same_device(cams=cams, histograms=self.histograms)
-        queue, bins = self.histograms.shape
-        counts = confidence_histogram(cams, bins=bins, floor=self.floor, valid_box=valid_box, impl=self.impl)
+        bins = self.histograms.shape[1]
+        return confidence_histogram(cams, bins=bins, floor=self.floor, valid_box=valid_box, impl=self.impl)
+
+    @torch.no_grad()
+    def update_counts(self, counts: Tensor) -> Tensor:
+        """Take in the (bins,) histogram of one batch and refit; returns xi itself."""
+        queue = len(self.histograms)
         self.histograms.index_copy_(0, (self.position % queue)[None], counts[None])
         self.position.add_(1)
         fit = fit_bimodal_threshold(self.histograms.sum(dim=0), impl=self.impl).clamp(*self.limits)

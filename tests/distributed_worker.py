@@ -1,0 +1,99 @@
+"""Trains 50 steps on this process's part of each batch and saves what the first process ended with.
+
+`torchrun --nproc-per-node 2 tests/distributed_worker.py OUTPUT`; imported, `train` runs in one process.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosa_fast.config import AugmentConfig, CosaConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
+from cosa_fast.data.batch import Batch
+from cosa_fast.distributed import World, leave
+from cosa_fast.models.batch_norm import share_batch_norm
+from cosa_fast.models.cosa import CosaNet
+from cosa_fast.runtime import resolve
+from cosa_fast.training.guidance import Guidance
+from cosa_fast.training.single_stage import make_trainer
+from cosa_fast.training.step import Settings
+
+STEPS, IMAGES, CLASSES, CROP = 50, 4, 3, 48
+VIT = {"name": "test_vit", "aux_norm": True, "aux_block": 2}
+MINI = {"name": "mini_vit", "aux_norm": True, "aux_block": 0}
+# Name: model, CoSA's switches, parts of a process's share, and its dtype.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int, torch.dtype]] = {
+    "paper": (VIT, {}, 1, torch.float64),
+    "float32": (VIT, {}, 1, torch.float32),
+    "parts": (VIT, {"balance": True, "guidance": "noise"}, 2, torch.float64),
+    "batch norm": (MINI, {"csc_scope": "batch"}, 1, torch.float64),
+    "release": (
+        VIT,
+        {
+            "raw": False,
+            "csc": False,
+            "dynamic_threshold": False,
+            "ignore_band": (0.25, 0.7),
+            "balance": True,
+            "lambda_energy": 0.05,
+        },
+        1,
+        torch.float64,
+    ),
+}
+
+
+def whole_batch(iteration: int, dtype: torch.dtype) -> Batch:
+    """Four images with one to three classes, of which two have a padded border."""
+    generator = torch.Generator().manual_seed(iteration)
+    labels = (torch.rand(IMAGES, CLASSES, generator=generator) < 0.4).to(dtype)
+    labels[torch.arange(IMAGES), torch.randint(0, CLASSES, (IMAGES,), generator=generator)] = 1
+    lists = [row.nonzero().flatten().tolist() for row in labels]
+    present = torch.tensor([[*some, *[-1] * (CLASSES - len(some))] for some in lists])
+    # Classes are blobs of colour, so that there is something to learn.
+    colours = torch.eye(CLASSES, dtype=dtype)
+    weak = 0.3 * torch.randn(IMAGES, 3, CROP, CROP, generator=generator).to(dtype)
+    for image, classes in enumerate(lists):
+        for slot, label in enumerate(classes):
+            weak[image, :, 16 * slot : 16 * slot + 16, 8:40] += 3 * colours[label][:, None, None]
+    strong = weak + 0.1 * torch.randn(weak.shape, generator=generator).to(dtype)
+    box = torch.tensor([[0, CROP, 0, CROP], [3, 45, 8, CROP], [0, CROP, 0, CROP], [0, 40, 0, 37]])
+    return Batch(weak, strong, labels, present, box, torch.arange(IMAGES))
+
+
+def train(case: str, world_of_test: World | None = None) -> dict[str, Tensor]:
+    """Every step's loss terms, averaged over processes, the thresholds and the final weights."""
+    model, cosa, parts, dtype = CASES[case]
+    machine = resolve(RuntimeConfig(device="cpu"), threads=1)
+    world = world_of_test or machine.world
+    torch.manual_seed(0)
+    settings = Settings(
+        AugmentConfig(crop=CROP),
+        CosaConfig(scales=(1.0, 0.67), momentum=0.9, **cosa),
+        OptimConfig(lr=1e-3, warmup=5, clip=5.0, head_lr_scale=2.0),
+        TrainConfig(iterations=STEPS, batch_size=IMAGES, c2s_start=8, guidance_start=15, accumulate=parts),
+    )
+    net = CosaNet(ModelConfig(decoder_dim=8, decoder_dilation=1, **model), CLASSES, CROP, pretrained=False).to(dtype)
+    share_batch_norm(net, world, machine.device)
+    trainer = make_trainer(net, settings, machine, Guidance(settings.cosa.guidance))
+    trainer.to(dtype)
+    curves: dict[str, list[Tensor]] = {}
+    for iteration in range(STEPS):
+        part = whole_batch(iteration, dtype).split(world.size)[world.rank]
+        for name, value in trainer.step(iteration, part).items():
+            shared = value.double().clone()
+            world.add(shared)
+            curves.setdefault(name, []).append(shared / world.size)
+    result = {f"curve.{name}": torch.stack(values) for name, values in curves.items()}
+    return result | {f"weight.{name}": value.detach().clone() for name, value in trainer.state_dict().items()}
+
+
+if __name__ == "__main__":
+    results = {case: train(case) for case in CASES}
+    if resolve(RuntimeConfig(device="cpu")).world.first:
+        torch.save(results, Path(sys.argv[1]))
+    leave()

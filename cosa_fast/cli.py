@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import logging
 import os
 import resource
@@ -77,7 +78,7 @@ def _top_level(words: list[str]) -> int:
     if words == ["--version"]:
         print(f"cosa-fast {__version__}")
         return 0
-    known = [(stage.command, (stage.__doc__ or "").strip()) for stage in STAGES]
+    known = [(stage.command, (stage.__doc__ or "").partition("\n")[0]) for stage in STAGES]
     width = max(len(command) for command, _ in known)
     helptext = "\n".join(
         [
@@ -112,7 +113,7 @@ def _parse(stage: type[Stage], words: list[str]) -> Stage:
     parsed = tyro.cli(
         stage,
         prog=f"cosa-fast {stage.command}",
-        description=stage.__doc__,
+        description=inspect.getdoc(stage),
         args=words,
         default=stage(**defaults),
         config=(tyro.conf.FlagConversionOff,),

@@ -102,7 +102,7 @@ def _together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise ValueError("another process of this run ended too early: its own message says why") from error
+        raise ValueError("another process of this run ended early or hangs: its own message says why") from error
 
 
 ALONE = World()

@@ -92,4 +92,4 @@ def test_three_processes(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert sorted(line for line in lines if line.startswith("alright")) == ["alright 0", "alright 1", "alright 2"]
-    assert lines.count("another process of this run ended too early: its own message says why") == 2
+    assert lines.count("another process of this run ended early or hangs: its own message says why") == 2

@@ -35,7 +35,7 @@ from zarr.codecs import ZstdCodec
 
 from cosa_fast.data.classes import IGNORED
 from cosa_fast.data.index import Index
-from cosa_fast.distributed import World
+from cosa_fast.distributed import ALONE, World
 from cosa_fast.files import describe_os_error, sigterm_exits
 
 SCHEMA = 2
@@ -43,7 +43,6 @@ ARRAYS = ("labels", "confidence", "segmentation")
 CODEC = ZstdCodec(level=3, checksum=True)
 REMAKE = "make it again with `cosa-fast pseudo-labels`"
 Pixels = NDArray[np.uint8]
-ALONE = World()
 
 
 @dataclass(frozen=True, slots=True)

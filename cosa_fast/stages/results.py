@@ -19,7 +19,10 @@ from cosa_fast.stages.base import Stage
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Stage):
-    """Measure mIoU of CoSA, CoSA-MS and the pseudo-labels, label-free and label-filtered, with a CRF if asked for."""
+    """Measure mIoU of CoSA, CoSA-MS and the pseudo-labels, label-free and label-filtered, with a CRF if asked for.
+
+    Several processes, started by torchrun, share the images of each split; the results are those of one process.
+    """
 
     command = "evaluate"
     parallel = True

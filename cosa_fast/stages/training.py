@@ -85,7 +85,10 @@ class Train(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class PseudoLabels(Stage):
-    """Write the trained assignment network's pseudo-labels of the training images to a Zarr store."""
+    """Write the trained assignment network's pseudo-labels of the training images to a Zarr store.
+
+    Several processes, started by torchrun, share the shards of the store; it is the one that one process writes.
+    """
 
     command = "pseudo-labels"
     parallel = True

@@ -60,6 +60,6 @@ $(VENV)/.pipeline: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
-	@echo "== installing cosa-fast[pipeline,dev] into $(VENV) (several GB; minutes, once)"
-	@$(BIN)/python -m pip install --editable '.[pipeline,dev]'
+	@echo "== installing cosa-fast[pipeline,slurm,dev] into $(VENV) (several GB; minutes, once)"
+	@$(BIN)/python -m pip install --editable '.[pipeline,slurm,dev]'
 	@touch $@ $(VENV)/.pipeline

@@ -65,6 +65,14 @@ def command(*words: str | Path) -> list[str]:
     return [sys.executable, "-m", "snakemake", *map(str, [*options, *words])]
 
 
+# Stands in for torchrun: notes what it starts, and starts it once.
+FAKE_TORCHRUN = """#!/usr/bin/env bash
+echo "OMP_NUM_THREADS=$OMP_NUM_THREADS torchrun $*" >> launches
+while [ $1 != cosa-fast ]; do shift; done
+exec "$@"
+"""
+
+
 class Pretended:
     """A folder in which the stages are stand-ins."""
 
@@ -86,8 +94,9 @@ class Pretended:
 @pytest.fixture(scope="module")
 def bin_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bin")
-    (folder / "cosa-fast").write_text(FAKE)
-    (folder / "cosa-fast").chmod(0o755)
+    for name, text in [("cosa-fast", FAKE), ("torchrun", FAKE_TORCHRUN)]:
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
     return folder
 
 
@@ -125,6 +134,7 @@ def test_stages_run_in_order_and_masks_are_checked_before_training(finished: Pre
     ("change", "stages"),
     [
         ("threads=2", []),
+        ("processes=2", []),
         ("runtime={device: cpu}", []),  # the machine does not decide the result
         ("loader={workers: 1}", []),
         ("validation={every: 0}", []),
@@ -150,6 +160,18 @@ def test_a_changed_key_runs_again_what_depends_on_it(
     done = again.run("--configfile", TINY, "--config", change)
     assert done.returncode == 0, done.stdout
     assert sorted(again.calls) == sorted(stages)
+
+
+def test_torchrun_starts_the_stages_that_can_share_their_work(pretended: Pretended) -> None:
+    done = pretended.run("--configfile", TINY, "--config", "processes=2", "threads=3", "--cores", "4")
+    assert done.returncode == 0, done.stdout
+    launches = (pretended.folder / "launches").read_text().splitlines()
+    # Of 4 cores, 2 for each process.
+    start = "OMP_NUM_THREADS=2 torchrun --standalone --nproc-per-node 2 --no-python cosa-fast "
+    assert all(launch.startswith(start) for launch in launches)
+    assert [launch.removeprefix(start).split(" --threads 2 ")[0] for launch in launches] == [
+        rule.replace("_", "-") for rule in ALL[3:]
+    ]
 
 
 def test_the_demo_runs_without_a_named_configuration(pretended: Pretended) -> None:

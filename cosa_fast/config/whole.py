@@ -24,6 +24,8 @@ class Config(Section):
     """Folder of everything the workflow writes."""
     threads: Positive = 2
     """CPU threads of each stage. More than the idle cores of a shared machine makes it slower, not faster."""
+    processes: Positive = 1
+    """Processes of each training, of the pseudo-labels and of the evaluation, with `threads` and a GPU each."""
     data: DataConfig = DataConfig()
     voc: VocConfig = VocConfig()
     coco: CocoConfig = CocoConfig()

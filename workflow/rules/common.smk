@@ -83,9 +83,24 @@ PRODUCTS = [MIOU, PER_CLASS, PANEL] if SCORED else [STORE, SEGMENTER]
 VALIDATION = CONFIG.validation.model_copy(update={} if SCORED else {"every": 0})
 VALIDATED = VALIDATION.every > 0
 
-GPUS = (
-    0 if CONFIG.runtime.device == "cpu" else 1
-)  # what a cluster is asked for; no limit elsewhere
+# What a cluster is asked for; no limit elsewhere.
+GPUS = 0 if CONFIG.runtime.device == "cpu" else CONFIG.processes
+
+THREADS = CONFIG.threads * CONFIG.processes
+
+
+# Resources, like `machine`: they decide no result, and Snakemake compares no resource with that of the last run.
+def threads_of_process(wildcards, threads) -> int:
+    """Each process's part of the threads that Snakemake grants."""
+    return max(1, threads // CONFIG.processes)
+
+
+def launch(wildcards, threads) -> str:
+    """How a stage is called whose work processes can share: trainings, pseudo-labels, evaluation."""
+    if CONFIG.processes == 1:
+        return "cosa-fast"
+    omp = f"OMP_NUM_THREADS={threads_of_process(wildcards, threads)}"  # torchrun would choose 1, and say so
+    return f"{omp} torchrun --standalone --nproc-per-node {CONFIG.processes} --no-python cosa-fast"
 
 
 def run_files(run) -> dict[str, Path]:
@@ -156,21 +171,26 @@ def warmup_key(run) -> str:
 MAIN_WARMUP = warmup_key(CONFIG)
 WARMUPS = {MAIN_WARMUP: CONFIG}
 
-# The trainings of the studies run side by side, each on one core; on a GPU they take turns.
-SIDE_BY_SIDE = CONFIG.runtime.device == "cpu" or (
+# On one machine the trainings of the studies run side by side, each process on one core; on a GPU they take turns.
+WITHOUT_GPU = CONFIG.runtime.device == "cpu" or (
     CONFIG.runtime.device == "auto"
     and not any(map(shutil.which, ["nvidia-smi", "rocm-smi"]))
 )
 
 
-def threads_of_study() -> int:
-    """Threads of a study's training."""
-    return 1 if SIDE_BY_SIDE else CONFIG.threads
+def threads_of_study(wildcards) -> int:
+    """Threads of a study's training; a job of a cluster has its cores to itself."""
+    return CONFIG.processes if WITHOUT_GPU and workflow.local_exec else THREADS
 
 
-def stage_of_study() -> int:
+def stage_of_study(wildcards) -> int:
     """1 if nothing else may run beside a study's training."""
-    return 0 if SIDE_BY_SIDE else 1
+    return 0 if WITHOUT_GPU else 1
+
+
+def threads_of_speed(wildcards) -> int:
+    """All cores of this machine, so that nothing runs beside the measurement."""
+    return workflow.cores if workflow.local_exec else CONFIG.threads
 
 
 def path_flags(files) -> str:

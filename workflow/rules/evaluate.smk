@@ -30,9 +30,11 @@ if SCORED:
             RESULTS / "benchmarks/evaluate.tsv"
         conda:
             "../envs/cosa.yaml"
-        threads: CONFIG.threads
+        threads: THREADS
         resources:
             gpu=GPUS,
+            launch=launch,
+            process_threads=threads_of_process,
             machine=to_flags(CONFIG, "runtime"),
         params:
             files=lambda wildcards, input: path_flags(input),
@@ -41,5 +43,5 @@ if SCORED:
         message:
             "Measuring mIoU"
         shell:
-            "cosa-fast evaluate --threads {threads} --log {log}"
+            "{resources.launch} evaluate --threads {resources.process_threads} --log {log}"
             " {params.files} {params.outputs} {params.flags} {resources.machine}"

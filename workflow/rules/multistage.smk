@@ -11,9 +11,11 @@ rule multistage:
         RESULTS / "benchmarks/multistage.tsv"
     conda:
         "../envs/cosa.yaml"
-    threads: CONFIG.threads
+    threads: THREADS
     resources:
         gpu=GPUS,
+        launch=launch,
+        process_threads=threads_of_process,
         machine=f"{to_flags(CONFIG, 'runtime')} {to_flags(CONFIG, 'multistage', rhythm=True)}",
     params:
         resume=RESUME / "segmenter",
@@ -21,6 +23,6 @@ rule multistage:
     message:
         "Training a segmentation network on the pseudo-labels"
     shell:
-        "cosa-fast multistage --threads {threads} --log {log}"
+        "{resources.launch} multistage --threads {resources.process_threads} --log {log}"
         " --index {input.index} --store {input.store}"
         " --output {output.segmenter} --resume {params.resume} {params.flags} {resources.machine}"

@@ -10,16 +10,18 @@ rule pseudo_labels:
         RESULTS / "benchmarks/pseudo_labels.tsv"
     conda:
         "../envs/cosa.yaml"
-    threads: CONFIG.threads
+    threads: THREADS
     resources:
         gpu=GPUS,
+        launch=launch,
+        process_threads=threads_of_process,
         machine=to_flags(CONFIG, "runtime"),
     params:
         flags=to_flags(CONFIG, "pseudo"),
     message:
         "Writing the pseudo-labels of the training images"
     shell:
-        "cosa-fast pseudo-labels --threads {threads} --log {log}"
+        "{resources.launch} pseudo-labels --threads {resources.process_threads} --log {log}"
         " --index {input.index} --checkpoint {input.checkpoint} --output {output.store} {params.flags} {resources.machine}"
 
 

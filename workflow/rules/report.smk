@@ -7,6 +7,7 @@ rule page:
         ),
     log:
         RESULTS / "logs/report.log",
+    localrule: True
     conda:
         "../envs/cosa.yaml"
     params:

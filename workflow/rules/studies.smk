@@ -12,13 +12,15 @@ use rule warmup as study_warmup with:
         RESULTS / "benchmarks/studies/warmup_{key}.tsv"
     wildcard_constraints:
         key=f"(?!{MAIN_WARMUP})[0-9a-f]{{10}}",
-    threads: threads_of_study()
+    threads: threads_of_study
     resources:
         gpu=GPUS,
+        launch=launch,
+        process_threads=threads_of_process,
         machine=lambda wildcards, input: training_machine(
             early(WARMUPS[wildcards.key]), input
         ),
-        stage=stage_of_study(),
+        stage=stage_of_study,
     params:
         resume=str(RESUME / "warmup_{key}"),
         files=lambda wildcards, input: training_files(
@@ -41,13 +43,15 @@ use rule train as study_train with:
     wildcard_constraints:
         variant="|".join(sorted({re.escape(name) for name, _ in RUNS})),
         seed="|".join(sorted({seed for _, seed in RUNS})),
-    threads: threads_of_study()
+    threads: threads_of_study
     resources:
         gpu=GPUS,
+        launch=launch,
+        process_threads=threads_of_process,
         machine=lambda wildcards, input: training_machine(
             RUNS[wildcards.variant, wildcards.seed], input
         ),
-        stage=stage_of_study(),
+        stage=stage_of_study,
     params:
         resume=str(RESUME / "studies/{variant}_{seed}"),
         files=lambda wildcards, input: training_files(
@@ -149,9 +153,9 @@ if SCORED:
         priority: -1
         conda:
             "../envs/cosa.yaml"
-        threads: workflow.cores
+        threads: threads_of_speed
         resources:
-            gpu=GPUS,
+            gpu=min(GPUS, 1),
         params:
             flags=to_flags(CONFIG, "eval", "runtime"),
             threads=CONFIG.threads,
@@ -178,6 +182,7 @@ if SCORED:
             RESULTS / "logs/studies/{study}.log",
         wildcard_constraints:
             study="[a-z_]+",
+        localrule: True
         conda:
             "../envs/cosa.yaml"
         params:

@@ -9,9 +9,11 @@ rule warmup:
         RESULTS / "benchmarks/warmup.tsv"
     conda:
         "../envs/cosa.yaml"
-    threads: CONFIG.threads
+    threads: THREADS
     resources:
         gpu=GPUS,
+        launch=launch,
+        process_threads=threads_of_process,
         machine=lambda wildcards, input: training_machine(early(CONFIG), input),
     params:
         resume=str(RESUME / f"warmup_{MAIN_WARMUP}"),
@@ -20,7 +22,7 @@ rule warmup:
     message:
         "Training CoSA until its guidance starts"
     shell:
-        "cosa-fast warmup --threads {threads} --log {log} {params.files}"
+        "{resources.launch} warmup --threads {resources.process_threads} --log {log} {params.files}"
         " --output {output.state} --resume {params.resume} {params.flags} {resources.machine}"
 
 
@@ -35,9 +37,11 @@ rule train:
         RESULTS / "benchmarks/train.tsv"
     conda:
         "../envs/cosa.yaml"
-    threads: CONFIG.threads
+    threads: THREADS
     resources:
         gpu=GPUS,
+        launch=launch,
+        process_threads=threads_of_process,
         machine=lambda wildcards, input: training_machine(CONFIG, input),
     params:
         resume=RESUME / "cosa",
@@ -46,5 +50,5 @@ rule train:
     message:
         "Training CoSA from image-level labels"
     shell:
-        "cosa-fast train --threads {threads} --log {log} {params.files}"
+        "{resources.launch} train --threads {resources.process_threads} --log {log} {params.files}"
         " --output {output.checkpoint} --resume {params.resume} {params.flags} {resources.machine}"

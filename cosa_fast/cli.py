@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import inspect
 import logging
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -45,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if PROCESSES > 1 and not stage.parallel:
             raise ValueError(f"torchrun started {PROCESSES} processes, but this stage runs in one: start it without")
         _configure_logging(stage.log)
+        if PROCESSES > 1:
+            end_with_parent()
         # A waiting OpenMP thread must not spin on a core that another process could use; torch reads these on import.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("OMP_NUM_THREADS", str(stage.threads))
@@ -71,6 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if PROCESSES > 1 and "cosa_fast.distributed" in sys.modules:
             sys.modules["cosa_fast.distributed"].leave()
     return 0
+
+
+def end_with_parent() -> None:
+    """Let the kernel end this process when its parent ends, as by kill -9 (Linux; elsewhere nothing).
+
+    A process of a killed torchrun would go on training, and the same command could not continue.
+    """
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _top_level(words: list[str]) -> int:

@@ -9,6 +9,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -242,3 +243,16 @@ def test_waiting_threads_do_not_spin() -> None:
     environment["OMP_WAIT_POLICY"] = "ACTIVE"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.split() == ["ACTIVE", "3"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_a_process_of_torchrun_ends_with_it_even_by_kill_9() -> None:
+    child = "import time; from cosa_fast import cli; cli.end_with_parent(); print('ready', flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], start_new_session=True)"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        began = time.monotonic()
+        process.kill()
+        process.stdout.read()  # until nobody holds its other end
+        assert time.monotonic() - began < 30

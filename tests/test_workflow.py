@@ -167,7 +167,7 @@ def test_torchrun_starts_the_stages_that_can_share_their_work(pretended: Pretend
     assert done.returncode == 0, done.stdout
     launches = (pretended.folder / "launches").read_text().splitlines()
     # Of 4 cores, 2 for each process.
-    start = "OMP_NUM_THREADS=2 torchrun --standalone --nproc-per-node 2 --no-python cosa-fast "
+    start = "OMP_NUM_THREADS=2 torchrun --standalone --nproc-per-node 2 --no-python -- cosa-fast "
     assert all(launch.startswith(start) for launch in launches)
     assert [launch.removeprefix(start).split(" --threads 2 ")[0] for launch in launches] == [
         rule.replace("_", "-") for rule in ALL[3:]

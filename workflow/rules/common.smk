@@ -100,7 +100,8 @@ def launch(wildcards, threads) -> str:
     if CONFIG.processes == 1:
         return "cosa-fast"
     omp = f"OMP_NUM_THREADS={threads_of_process(wildcards, threads)}"  # torchrun would choose 1, and say so
-    return f"{omp} torchrun --standalone --nproc-per-node {CONFIG.processes} --no-python cosa-fast"
+    # Without the `--` it takes a stage's --log for an abbreviation of its own flags.
+    return f"{omp} torchrun --standalone --nproc-per-node {CONFIG.processes} --no-python -- cosa-fast"
 
 
 def run_files(run) -> dict[str, Path]:

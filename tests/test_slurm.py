@@ -98,7 +98,7 @@ def test_the_pipeline_as_jobs_goes_on_after_its_training_was_cancelled(cluster: 
     assert "label-filtered" in (results / "voc_val_miou.txt").read_text()
     assert (results / "segmenter.safetensors").exists()
     assert [(rule, state, cpus) for _, rule, state, cpus in jobs(cluster)] == [
-        ("prepare", "COMPLETED", 2),
+        ("prepare_index_masks_train_index", "COMPLETED", 2),
         ("warmup", "COMPLETED", 2),
         ("train", "CANCELLED", 2),
         ("train", "COMPLETED", 2),

@@ -123,6 +123,19 @@ def test_strong_views(synthetic: Index) -> None:
     assert seen == set(Operation)
 
 
+def test_auto_contrast_leaves_flat_channels_alone(tmp_path: Path) -> None:
+    path = tmp_path / "flat.jpg"
+    Image.new("RGB", (60, 60), (40, 90, 200)).save(path)
+    index, config = index_of([path]), AugmentConfig(crop=32, scale=(1, 1))
+    plan = Plan(config, ("",), np.full((1, 2), 60), BATCH, SEED)
+    seen = 0
+    for iteration, batch in enumerate(load(index, "dali", config, 4)):
+        chosen = torch.from_numpy(plan.draws(iteration).operation == Operation.AUTO_CONTRAST)
+        assert torch.equal(batch.strong[chosen], batch.weak[chosen])
+        seen += int(chosen.sum())
+    assert seen
+
+
 def test_all_photographs_load(photos: Index) -> None:
     config = AugmentConfig(crop=224, scale=(0.5, 0.5), flip=0, blur=0, strong=0)
     (batch,) = load(photos, "dali", config, 1)

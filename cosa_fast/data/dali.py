@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn, pipeline_def, types
-from nvidia.dali.auto_aug import augmentations
 from nvidia.dali.data_node import DataNode
 from nvidia.dali.plugin.pytorch import DALIGenericIterator
 from torch import Tensor
@@ -175,14 +174,14 @@ def _strengthen(image: Any, inputs: _Inputs, on_gpu: bool) -> Any:
     white = types.Constant(255, dtype=types.DALIDataType.UINT8)
     operation, factor = inputs.operation, inputs.factor
     if operation == Operation.AUTO_CONTRAST.value:
-        image = augmentations.auto_contrast(image)
+        image = _auto_contrast(image)
     elif operation == Operation.EQUALIZE.value:
         # DALI equalizes like OpenCV, whose table leaves out the darkest value where PIL's leaves out the brightest.
         image = white - fn.equalize(white - image)
     elif operation == Operation.SOLARIZE.value:
         image = image ^ (image >= inputs.solarize_threshold) * white
     elif operation == Operation.COLOR.value:
-        image = fn.cast_like(image * factor + _grey(image) * (1 - factor), image)
+        image = _saturate(image, factor)
     elif operation == Operation.CONTRAST.value:
         image = fn.contrast(image, contrast=factor, contrast_center=fn.reductions.mean(_grey(image)).cpu())
     elif operation == Operation.BRIGHTNESS.value:
@@ -192,6 +191,37 @@ def _strengthen(image: Any, inputs: _Inputs, on_gpu: bool) -> Any:
     elif operation == Operation.POSTERIZE.value:
         image = image & inputs.posterize_mask
     return image
+
+
+# On the CPU DALI rounds float to 8 bits by a call of roundf per value, 2.5 ms for 448x448 pixels. `fn.brightness` from
+# 8 to 8 or 16 bits takes a tenth of that, so these two do without the float in between.
+
+
+def _auto_contrast(image: Any) -> Any:
+    """Stretch each channel from its darkest and brightest value to 0 and 255; a flat channel stays as it is."""
+    # As a sequence of three grey frames, because `fn.brightness` takes a factor per frame.
+    frames = fn.reshape(_reorder(image, "CHW"), layout="FHW")
+    low, high = (reduce(frames, axes=[1, 2]).cpu() for reduce in (fn.reductions.min, fn.reductions.max))
+    flat = low == high
+    scale = 255 / (high - low + flat * types.Constant(255, dtype=types.DALIDataType.UINT8))
+    frames = fn.brightness(
+        fn.expand_dims(frames, axes=3, new_axis_names="C"),
+        brightness=fn.per_frame(scale),
+        brightness_shift=fn.per_frame(scale * low * (flat ^ True) / -255),  # in units of 255
+    )
+    return _reorder(fn.reshape(fn.squeeze(frames, axes=3), layout="CHW"), "HWC")
+
+
+def _saturate(image: Any, factor: Any) -> Any:
+    """Blend the image with its grey one; `factor` is the image's share."""
+    wide = types.DALIDataType.INT16
+    colour = fn.brightness(image, brightness=factor, dtype=wide)
+    return fn.cast_like(colour + fn.brightness(_grey(image), brightness=1 - factor, dtype=wide), image)
+
+
+def _reorder(image: DataNode, layout: str) -> DataNode:
+    """What `fn.transpose` does, up to four times as fast for 8-bit images on the CPU."""
+    return fn.crop_mirror_normalize(image, dtype=types.DALIDataType.UINT8, output_layout=layout)
 
 
 def _normalise(image: DataNode, config: AugmentConfig) -> DataNode:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import islice
 from typing import TypeVar
 
@@ -15,22 +15,26 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from cosa_kernels import cam_pseudo_labels, merge_cams
-from torch import Tensor
+from torch import Tensor, nn
 
+from cosa_fast.bands import BAND_BYTES, bands
+from cosa_fast.config import RuntimeConfig
 from cosa_fast.data.index import Image, Index
 from cosa_fast.data.torch_loader import read_image
 from cosa_fast.models.cosa import CosaNet
 from cosa_fast.models.multi_scale import MultiScale, multi_scale
 from cosa_fast.models.segmenter import Segmenter
 from cosa_fast.runtime import Runtime
+from cosa_fast.transfer import to_device
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Bands = Iterable[tuple[slice, Tensor]]
 """The (K, H, W) scores of an image from top to bottom: some rows, and the (K, h, W) scores in them."""
 
-BAND_BYTES = {"cpu": 2**21, "cuda": 2**28}
-"""Size of a band: on a CPU what its cache holds, on a GPU mostly the whole image."""
+
+COMPILED_FROM = 10_000
+"""Images. Compiling takes some 10 s for each of five scales; it saves an estimated 4 ms an image on an H200."""
 
 
 @dataclass(frozen=True)
@@ -89,72 +93,88 @@ class Prediction:
         views = self.views
         return merged(views.cams, views.mirrored_cams), merged(views.aux_cams, views.mirrored_aux_cams)
 
+    @cached_property
+    def summed_views(self) -> list[Tensor]:
+        """Per scale, (B, C + 1, h, w) segmentation logits, those of the mirror image added."""
+        scales = len(self.views.cams)
+        return [torch.stack(self.views.seg[k::scales]).sum(dim=0) for k in range(scales)]
+
     def seg_bands(self, slot: int, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
         """Bands of `resize(seg[slot], size)`, up to rounding, never more than one of them in memory."""
-        scales = len(self.views.cams)
-        # The mirror images' logits are added before they are resized: both are linear.
-        views = [torch.stack([view[slot] for view in self.views.seg[k::scales]]).sum(dim=0) for k in range(scales)]
-        channels, device = len(views[0]), views[0].device
-        height = max(1, BAND_BYTES[device.type] // (4 * channels * size[1]))
-        plan = _resizing(tuple((v.shape[1], v.shape[2]) for v in views), self.side, size, height, device)
-        wide = torch.cat([view @ columns for view, columns in zip(views, plan.columns, strict=True)], dim=1)
-        wide = wide.index_select(1, plan.order)
-        for rows, sources in plan.bands:
-            weights = plan.rows[rows, sources]
-            yield rows, torch.bmm(weights.expand(channels, *weights.shape), wide[:, sources])
+        for rows, scores in bands([view[slot : slot + 1] for view in self.summed_views], self.side, [size]):
+            yield rows, scores[0].transpose(0, 1)
+
+    def label_maps(self, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """(H, W) uint8 label-free label map of each image at its own size; on a GPU of many images at once.
+
+        There, images of all sizes share one set of launches, padded to the largest of them, and nothing waits.
+        """
+        views = self.summed_views
+        device = views[0].device
+        largest = max(height for height, _ in sizes) * max(width for _, width in sizes)
+        fitting = BAND_BYTES[device.type] // (4 * views[0].shape[1] * largest)
+        group = max(1, fitting) if device.type == "cuda" else 1  # on a CPU one image is more than its cache holds
+        maps: list[Tensor] = []
+        for start in range(0, len(sizes), group):
+            chosen = sizes[start : start + group]
+            shape = (len(chosen), max(height for height, _ in chosen), max(width for _, width in chosen))
+            labels = torch.empty(shape, dtype=torch.uint8, device=device)
+            for rows, scores in bands([view[start : start + len(chosen)] for view in views], self.side, chosen):
+                labels[:, rows] = scores.max(dim=2).indices
+            maps += [image[:height, :width] for image, (height, width) in zip(labels, chosen, strict=True)]
+        return maps
 
 
-@dataclass(frozen=True, slots=True)
-class _Resizing:
-    """Up-sampling views to S x S, adding them and resizing the sum, as one matrix product per axis."""
-
-    columns: list[Tensor]
-    """Per view, (w_k, W)."""
-    order: Tensor
-    """The rows of all views, one after the other, sorted from the image's top to its bottom."""
-    rows: Tensor
-    """(H, sum of h_k), the sources in that order."""
-    bands: list[tuple[slice, slice]]
-    """Rows of the result, and the sources that they come from."""
+def worth_compiling(config: RuntimeConfig, runtime: Runtime, images: int) -> bool:
+    """Whether so many images pay for what `for_inference` compiles; `runtime.compile: on` insists."""
+    return config.compile == "on" or (runtime.compiles and images >= COMPILED_FROM)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _resizing(
-    views: tuple[tuple[int, int], ...], side: tuple[int, int], size: tuple[int, int], band: int, device: torch.device
-) -> _Resizing:
-    """The matrices for views of these (h_k, w_k). Remembered, because a dataset's images have few different sizes."""
+def for_inference(net: CosaNet | Segmenter, runtime: Runtime, compiled: bool = False) -> None:
+    """Make a network that is not trained any more fast; its predictions stay the same up to rounding.
 
-    def matrix(axis: int, low: int) -> Tensor:
-        """(low, size) float64: what becomes of each position when it alone is 1."""
-        response = torch.eye(low, dtype=torch.float64)[None]
-        for length in (side[axis], size[axis]):
-            response = F.interpolate(response, size=length, mode="linear", align_corners=False)
-        return response[0]
+    With bf16 the weights that autocast would convert in every pass are converted once (bit for bit the same results).
+    On a GPU a convolutional network's weights lie as its tensor cores read them.
 
-    places = torch.cat([(torch.arange(low, dtype=torch.float64) + 0.5) / low for low, _ in views])
-    order = places.argsort(stable=True)
-    rows = torch.cat([matrix(0, low) for low, _ in views])[order].T.float().contiguous()
-    bands = []
-    for start in range(0, size[0], band):
-        part = slice(start, min(start + band, size[0]))
-        used = rows[part].any(dim=0).nonzero().flatten()
-        bands.append((part, slice(int(used[0]), int(used[-1]) + 1)))
-    columns = [to_device(matrix(1, low).float(), device) for _, low in views]
-    return _Resizing(columns, to_device(order, device), to_device(rows, device), bands)
+    Args:
+        compiled: torch.compile the blocks of CoSA's encoder, once for each scale: 12 blocks share one compilation. Not
+            for CoSA-MS, whose images come at their own sizes.
+    """
+    if runtime.bf16:
+        for module in net.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(torch.bfloat16)
+    if isinstance(net, Segmenter):
+        if runtime.device.type == "cuda":
+            net.to(memory_format=torch.channels_last)
+    elif compiled:
+        for block in net.encoder.vit.blocks:
+            block.compile(dynamic=False)
 
 
 @torch.inference_mode()
 def predict(
-    net: CosaNet, images: Tensor, class_labels: Tensor, scales: Sequence[float], flip: bool, runtime: Runtime
+    net: CosaNet,
+    images: Tensor,
+    class_labels: Tensor,
+    scales: Sequence[float],
+    flip: bool,
+    runtime: Runtime,
+    batch: int | None = None,
 ) -> Prediction:
     """Run CoSA's network on (B, 3, S, S) normalised images with their (B, C) image-level labels.
 
     The labels only mask and normalise the CAMs; the segmentation logits know nothing of them.
+
+    Args:
+        batch: fill the images up to so many with empty ones, for a compiled network: each number is compiled anew.
     """
+    count = len(images)
+    if batch is not None and count < batch:
+        images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, batch - count))
     with runtime.autocast():
         views = multi_scale(net, images, scales, flip)
-    views = MultiScale(*(tuple(view.float() for view in getattr(views, name)) for name in MultiScale.__slots__))
+    views = MultiScale(*(tuple(view[:count].float() for view in getattr(views, name)) for name in MultiScale.__slots__))
     return Prediction(views, class_labels, (images.shape[-2], images.shape[-1]))
 
 
@@ -267,9 +287,25 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float], devic
     return values
 
 
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy on a GPU that the host does not wait for; `values` itself on the CPU."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+def ahead(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The same items, each taken from `items` `count` items early: a GPU works while the host uses what is there.
+
+    An error of `items` comes after what was taken before it.
+    """
+    taken: deque[Item] = deque()
+    failure: Exception | None = None
+    source = iter(items)
+    while failure is None:
+        try:
+            taken.append(next(source))
+        except Exception as error:
+            failure = error
+        else:
+            if len(taken) > count:
+                yield taken.popleft()
+    yield from taken
+    if not isinstance(failure, StopIteration):
+        raise failure
 
 
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:

@@ -12,110 +12,36 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
-import PIL.Image
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 from tqdm import tqdm
 
 from cosa_fast.config import EvalConfig, RuntimeConfig
-from cosa_fast.crf import CRF_PRESETS, CrfItem, CrfPool
+from cosa_fast.crf import CRF_PRESETS, CrfPool
 from cosa_fast.data.index import Index
 from cosa_fast.files import write_atomically
-from cosa_fast.inference import (
-    chunks,
-    label_map,
-    normalise,
-    predict,
-    predict_segmenter,
-    prefetch,
-    read_rgb,
-    square,
-    to_tensor,
+from cosa_fast.inference import chunks, for_inference, prefetch, read_rgb
+from cosa_fast.models.checkpoint import load_cosa
+from cosa_fast.models.segmenter import load_segmenter
+from cosa_fast.predictors import (
+    Cosa,
+    CosaMs,
+    Labels,
+    Picture,
+    System,
+    Views,
+    label_maps,
+    prepared,
+    refined_label_maps,
 )
-from cosa_fast.models.checkpoint import CosaCheckpoint, load_cosa
-from cosa_fast.models.segmenter import SegmenterCheckpoint, load_segmenter
 from cosa_fast.pseudo_labels import require_same_classes
-from cosa_fast.runtime import Runtime, resolve
-from cosa_fast.systems import STANDALONE_BYTES
+from cosa_fast.runtime import resolve
 
 log = logging.getLogger(__name__)
 
 ROUNDS = 3
 """Timed passes of each variant."""
-
-Picture = PIL.Image.Image
-
-
-@dataclass(frozen=True, slots=True)
-class Views:
-    """Test-time augmentation."""
-
-    scales: tuple[float, ...]
-    flip: bool
-
-
-class System(Protocol):
-    """A network with its preprocessing."""
-
-    def scores(self, pictures: Sequence[Picture], views: Views) -> Iterator[Tensor]:
-        """(K, H, W) of each picture, on the device; the largest is the label."""
-
-    def probabilities(self, scores: Tensor) -> Tensor:
-        """(K, H, W) in [0, 1] for the CRF, as the evaluation has them."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cosa:
-    """CoSA: logits added over the views of a square image."""
-
-    network: CosaCheckpoint
-    size: int
-    machine: Runtime
-
-    def scores(self, pictures: Sequence[Picture], views: Views) -> Iterator[Tensor]:
-        """Logits at each picture's own size."""
-        net, device = self.network, self.machine.device
-        squares = torch.stack([square(picture, self.size) for picture in pictures])
-        unused = torch.ones(len(pictures), len(net.classes), device=device)  # only the CAMs look at labels
-        images = normalise(squares, net.mean, net.std, device)
-        prediction = predict(net.net, images, unused, views.scales, views.flip, self.machine)
-        for slot, picture in enumerate(pictures):
-            bands = prediction.seg_bands(slot, (picture.height, picture.width))
-            yield torch.cat([band for _, band in bands], dim=1)
-
-    def probabilities(self, scores: Tensor) -> Tensor:
-        """Softmax."""
-        return scores.softmax(dim=0)
-
-
-@dataclass(frozen=True, slots=True)
-class CosaMs:
-    """CoSA-MS: probabilities added over the views of each image at its own size."""
-
-    network: SegmenterCheckpoint
-    machine: Runtime
-
-    def scores(self, pictures: Sequence[Picture], views: Views) -> Iterator[Tensor]:
-        """Sums of probabilities; pictures of one size go through the network together, as many as the evaluation's."""
-        net, results = self.network, dict[int, Tensor]()
-        for slot, picture in enumerate(pictures):
-            if slot not in results:
-                fitting = max(1, STANDALONE_BYTES // (4 * (len(net.classes) + 1) * picture.height * picture.width))
-                alike = [other for other in range(slot, len(pictures)) if pictures[other].size == picture.size]
-                alike = alike[:fitting]
-                pixels = torch.stack([to_tensor(pictures[other]) for other in alike])
-                images = normalise(pixels, net.mean, net.std, self.machine.device)
-                maps = predict_segmenter(net.net, images, views.scales, views.flip, self.machine)
-                results |= zip(alike, maps, strict=True)
-            yield results.pop(slot)
-
-    def probabilities(self, scores: Tensor) -> Tensor:
-        """Their share of the sum."""
-        return scores / scores.sum(dim=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,10 +89,12 @@ def measure_speed(
     with CrfPool(threads, CRF_PRESETS["standard"], ahead=2 * max(evaluation.batch_size, threads)) as pool:
         cosa = load_cosa(checkpoint, evaluation.network, machine.device)
         require_same_classes(cosa.classes, checkpoint, dataset, index)
+        for_inference(cosa.net, machine)
         systems: dict[str, System] = {"CoSA": Cosa(cosa, evaluation.size, machine)}
         if segmenter is not None:
             standalone = load_segmenter(segmenter, machine.device)
             require_same_classes(standalone.classes, segmenter, dataset, index)
+            for_inference(standalone.net, machine)
             systems["CoSA-MS"] = CosaMs(standalone, machine)
         split = dataset.splits[dataset.eval_splits[0]]
         places = np.linspace(0, len(split) - 1, min(images, len(split))).round().astype(int)
@@ -209,20 +137,13 @@ def _seconds(
     return seconds
 
 
-def _label_maps(
-    variant: Variant, system: System, pictures: Sequence[Picture], pool: CrfPool
-) -> Iterator[NDArray[np.uint8]]:
+def _label_maps(variant: Variant, system: System, pictures: Sequence[Picture], pool: CrfPool) -> Iterator[Labels]:
     """(H, W) uint8 of each picture, in order."""
-    batches = chunks(pictures, variant.batch)
-    scores = itertools.chain.from_iterable(system.scores(batch, variant.views) for batch in batches)
+    named = ((f"image {number}", picture) for number, picture in enumerate(pictures))
+    batches = (prepared(system, batch) for batch in chunks(named, variant.batch))
     if variant.crf == "none":
-        for values in scores:
-            yield label_map(values).cpu().numpy()
-    else:
-        yield from pool.map(
-            CrfItem(f"image {number}", np.array(picture), system.probabilities(values).cpu().numpy())
-            for number, (picture, values) in enumerate(zip(pictures, scores, strict=True))
-        )
+        return label_maps(system, (batch for batch, _ in batches), variant.views)
+    return refined_label_maps(system, batches, variant.views, pool)
 
 
 def _table(variants: Sequence[Variant], images: int, device: torch.device, threads: int) -> str:

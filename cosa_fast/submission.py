@@ -21,32 +21,33 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from PIL import Image as PilImage
 from torch import Tensor
 from tqdm import tqdm
 
 from cosa_fast.config import EvalConfig, RuntimeConfig
+from cosa_fast.crf import CRF_PRESETS, CrfPool
 from cosa_fast.data.classes import VOC_CLASSES, voc_palette
 from cosa_fast.data.store import Pixels
 from cosa_fast.data.torch_loader import read_image
 from cosa_fast.data.verify import measure_images, raise_problems
 from cosa_fast.data.voc import read_split
 from cosa_fast.files import describe_os_error, exclusive, require_space, write_atomically
-from cosa_fast.inference import (
-    chunks,
-    label_map,
-    normalise,
-    predict,
-    predict_segmenter,
-    prefetch,
-    resize,
-    square,
-    to_tensor,
+from cosa_fast.inference import chunks, for_inference, prefetch
+from cosa_fast.models.checkpoint import load_cosa
+from cosa_fast.models.segmenter import load_segmenter
+from cosa_fast.predictors import (
+    Batch,
+    Cosa,
+    CosaMs,
+    Named,
+    Picture,
+    System,
+    Views,
+    label_maps,
+    refined_label_maps,
 )
-from cosa_fast.models.checkpoint import CosaCheckpoint, load_cosa
-from cosa_fast.models.segmenter import SegmenterCheckpoint, load_segmenter
-from cosa_fast.runtime import Runtime, resolve
+from cosa_fast.runtime import resolve
 
 log = logging.getLogger(__name__)
 
@@ -71,15 +72,19 @@ class Listed:
 class Predictor:
     """The network whose predictions are packed, and how it is used."""
 
-    network: CosaCheckpoint | SegmenterCheckpoint
+    system: System
     config: EvalConfig
-    machine: Runtime
     threads: int
 
     @property
     def batch_size(self) -> int:
         """CoSA-MS takes images at their own sizes, so one by one."""
-        return self.config.batch_size if isinstance(self.network, CosaCheckpoint) else 1
+        return self.config.batch_size if isinstance(self.system, Cosa) else 1
+
+    @property
+    def views(self) -> Views:
+        """Of the evaluation."""
+        return Views(self.config.scales, self.config.flip)
 
 
 def write_submission(
@@ -116,12 +121,13 @@ def write_submission(
         raise ValueError(f"{output} must be a .tgz file: the server takes no other")
     images = list_images(root, image_list, threads)
     machine = resolve(runtime, threads)
-    network: CosaCheckpoint | SegmenterCheckpoint
+    system: Cosa | CosaMs
     if checkpoint is not None:
-        network = load_cosa(checkpoint, evaluation.network, machine.device)
+        system = Cosa(load_cosa(checkpoint, evaluation.network, machine.device), evaluation.size, machine)
     else:
         assert segmenter is not None
-        network = load_segmenter(segmenter, machine.device)
+        system = CosaMs(load_segmenter(segmenter, machine.device), machine)
+    network = system.network
     if network.classes != VOC_CLASSES:
         raise ValueError(
             f"{checkpoint or segmenter} was trained for {len(network.classes)} classes of {network.dataset} "
@@ -134,7 +140,8 @@ def write_submission(
         log.warning("VOC2012's official test list has %d images, this one %d", TEST_IMAGES, len(images))
     require_space(output.parent, 30_000 * len(images), "the submission")
     work = output.with_name(f".{output.name}.partial")
-    predictor = Predictor(network, evaluation, machine, threads)
+    for_inference(network.net, machine)
+    predictor = Predictor(system, evaluation, threads)
     settings = evaluation.model_dump(mode="json", exclude={"threshold", "panel_images"})
     try:
         with exclusive(work):
@@ -263,43 +270,26 @@ def _predict_all(predictor: Predictor, images: Sequence[Listed], work: Path) -> 
 
 def _label_maps(predictor: Predictor, images: Sequence[Listed]) -> Generator[Pixels, None, None]:
     """(height, width) uint8 of each image, in order."""
-    config = predictor.config
-    if config.crf == "none":
-        for _, scores in _scores(predictor, images):
-            yield label_map(scores).cpu().numpy()
+    crf, system, batches = predictor.config.crf, predictor.system, _batches(predictor, images)
+    if crf == "none":
+        yield from label_maps(system, (batch for batch, _ in batches), predictor.views)
         return
-    from cosa_fast.crf import CRF_PRESETS, CrfItem, CrfPool
-
-    with CrfPool(predictor.threads, CRF_PRESETS[config.crf]) as pool:
-        yield from pool.map(
-            CrfItem(image.id, np.asarray(picture), _probabilities(predictor, scores).cpu().numpy())
-            for image, (picture, scores) in zip(images, _scores(predictor, images), strict=True)
-        )
+    with CrfPool(predictor.threads, CRF_PRESETS[crf]) as pool:
+        yield from refined_label_maps(system, batches, predictor.views, pool)
 
 
-def _scores(predictor: Predictor, images: Sequence[Listed]) -> Iterator[tuple[PilImage.Image, Tensor]]:
-    """Each image decoded, and its (21, height, width) scores: CoSA's summed logits, CoSA-MS's summed probabilities."""
-    network, config, machine = predictor.network, predictor.config, predictor.machine
+def _batches(predictor: Predictor, images: Sequence[Listed]) -> Iterator[tuple[Batch, list[Named]]]:
+    """Decoded by threads, ahead of the network."""
 
-    def load(image: Listed) -> tuple[PilImage.Image, Tensor]:
+    def load(image: Listed) -> tuple[Picture, Tensor]:
         picture = read_image(str(image.path), (image.height, image.width))
-        return picture, square(picture, config.size) if isinstance(network, CosaCheckpoint) else to_tensor(picture)
+        return picture, predictor.system.pixels(picture)
 
     loaded = prefetch(load, images, predictor.threads, ahead=2 * predictor.batch_size)
-    for batch in chunks(loaded, predictor.batch_size):
-        pixels = normalise(torch.stack([tensor for _, tensor in batch]), network.mean, network.std, machine.device)
-        if isinstance(network, CosaCheckpoint):
-            anything = torch.ones(len(batch), len(network.classes), device=machine.device)  # only the CAMs use labels
-            maps = predict(network.net, pixels, anything, config.scales, config.flip, machine).seg
-        else:
-            maps = predict_segmenter(network.net, pixels, config.scales, config.flip, machine)
-        for (picture, _), scores in zip(batch, maps, strict=True):
-            yield picture, resize(scores, (picture.height, picture.width))
-
-
-def _probabilities(predictor: Predictor, scores: Tensor) -> Tensor:
-    """(21, H, W) float32 probabilities from what `_scores` gives; those that `evaluate` refines too."""
-    return scores.softmax(dim=0) if isinstance(predictor.network, CosaCheckpoint) else scores / scores.sum(dim=0)
+    for batch in chunks(zip(images, loaded, strict=True), predictor.batch_size):
+        sizes = [(image.height, image.width) for image, _ in batch]
+        named = [(image.id, picture) for image, (picture, _) in batch]
+        yield predictor.system.prepare([pixels for _, (_, pixels) in batch], sizes), named
 
 
 def _pack(path: Path, folder: PurePosixPath, images: Sequence[Listed], work: Path) -> None:

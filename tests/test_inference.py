@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partialmethod
 from itertools import count, islice
 from pathlib import Path
 
@@ -13,14 +16,17 @@ import PIL.Image
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
-from cosa_fast import inference
+from cosa_fast.bands import BAND_BYTES, bands
 from cosa_fast.config import ModelConfig, RuntimeConfig
 from cosa_fast.data.index import Image, Index
 from cosa_fast.inference import (
     Prediction,
+    ahead,
     cam_label_map,
     chunks,
+    for_inference,
     label_map,
     label_maps,
     mask_values,
@@ -32,11 +38,13 @@ from cosa_fast.inference import (
     resize,
     square,
     to_tensor,
+    worth_compiling,
 )
 from cosa_fast.models.cosa import CosaNet
 from cosa_fast.models.multi_scale import MultiScale
 from cosa_fast.models.segmenter import Segmenter
 from cosa_fast.runtime import resolve
+from cosa_fast.transfer import to_device
 
 CPU = resolve(RuntimeConfig(device="cpu"))
 
@@ -106,7 +114,7 @@ def test_segmenter_probabilities_add_up_over_scales_and_mirrors() -> None:
 def test_bands_are_the_whole_map(
     net: CosaNet, flip: bool, band: int, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(inference.BAND_BYTES, "cpu", band)
+    monkeypatch.setitem(BAND_BYTES, "cpu", band)
     torch.manual_seed(1)
     labels = torch.tensor([[1.0, 0, 1], [0, 1, 0]])
     got = predict(net, torch.randn(2, 3, 48, 48), labels, (1.0, 0.5, 1.5), flip, CPU)
@@ -212,11 +220,12 @@ def test_nothing_waits_for_the_gpu() -> None:
     def maps() -> list[Tensor]:
         pixels = torch.full((1, 3, 48, 48), 100, dtype=torch.uint8)
         images = normalise(pixels, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), device)
-        labels = inference.to_device(torch.tensor([[1.0, 0, 1]]), device)
+        labels = to_device(torch.tensor([[1.0, 0, 1]]), device)
         got = predict(model, images, labels, (1.0, 0.5), True, machine)
         kept = mask_values(entry, device)
         cams, _ = got.cams_of(0, kept)
-        return [*label_maps(got.seg_bands(0, (37, 90)), (37, 90), kept), cam_label_map(cams, 0.4, (37, 90), kept)]
+        of_bands = label_maps(got.seg_bands(0, (37, 90)), (37, 90), kept)
+        return [*of_bands, cam_label_map(cams, 0.4, (37, 90), kept), *got.label_maps([(37, 90)])]
 
     expected = maps()  # compiles, and allocates pinned memory
     torch.cuda.set_sync_debug_mode("error")
@@ -262,3 +271,95 @@ def test_prefetch_passes_errors_on() -> None:
 def test_chunks() -> None:
     assert list(chunks(range(5), 2)) == [[0, 1], [2, 3], [4]]
     assert list(chunks([], 2)) == []
+
+
+def test_taken_ahead() -> None:
+    taken: list[int] = []
+
+    def source() -> Iterator[int]:
+        for item in range(4):
+            taken.append(item)
+            yield item
+        raise ValueError("the fifth")
+
+    found = ahead(source(), 2)
+    assert next(found) == 0
+    assert taken == [0, 1, 2]
+    assert [next(found) for _ in range(3)] == [1, 2, 3]  # what is there comes before the error
+    with pytest.raises(ValueError, match="the fifth"):
+        next(found)
+    assert list(ahead(range(3), 1)) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("fitting", [1, 2, 100])
+def test_label_maps_of_images_of_different_sizes(net: CosaNet, fitting: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where images share launches, and as on a CPU."""
+    sizes = [(37, 90), (48, 48), (90, 37), (5, 7)]
+    got = predict(net, torch.randn(4, 3, 48, 48), torch.ones(4, 3), (1.0, 0.5, 1.5), True, CPU)
+    # Each image, then groups of some. Only a GPU's groups have several images: as many as fit in a band.
+    single = got.label_maps(sizes)
+    monkeypatch.setitem(BAND_BYTES, "cpu", fitting * 4 * 4 * 90 * 90)
+    together = []
+    for start in range(0, 4, fitting):
+        chosen = sizes[start : start + fitting]
+        views = [view[start : start + fitting] for view in got.summed_views]
+        maps = torch.cat([scores.argmax(dim=2) for _, scores in bands(views, got.side, chosen)], dim=1)
+        together += [labels[:height, :width] for labels, (height, width) in zip(maps, chosen, strict=True)]
+    for slot, (size, alone, other) in enumerate(zip(sizes, single, together, strict=True)):
+        whole = resize(got.seg[slot], size)
+        best = whole.topk(2, dim=0).values
+        clear = best[0] - best[1] > 1e-5
+        assert alone.dtype == torch.uint8
+        assert clear.float().mean() > 0.99
+        for found in (alone, other):
+            assert torch.equal(found[clear].int(), label_map(whole)[clear].int())
+
+
+def test_filling_a_batch_changes_nothing(net: CosaNet) -> None:
+    images, labels = torch.randn(2, 3, 48, 48), torch.ones(2, 3)
+    plain, filled = (predict(net, images, labels, (1.0, 0.5), True, CPU, batch=batch) for batch in (None, 5))
+    assert filled.seg.shape == plain.seg.shape
+    torch.testing.assert_close(filled.seg, plain.seg, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(filled.cams, plain.cams, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(filled.logits, plain.logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_split_compiles_each_scale_once(net: CosaNet, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = deepcopy(net)
+    eagerly = partialmethod(nn.Module.compile, backend="eager")  # dynamo's part, without the minute of its compiler
+    monkeypatch.setattr(nn.Module, "compile", eagerly)
+    torch.compiler.reset()
+    for_inference(compiled, CPU, compiled=True)
+    images, labels = torch.randn(3, 3, 48, 48), torch.ones(3, 3)
+
+    def seg(count: int) -> Tensor:
+        return predict(compiled, images[:count], labels[:count], (1.0, 0.5), True, CPU, batch=3).seg
+
+    before = counters["stats"]["unique_graphs"]
+    first = seg(3)
+    assert counters["stats"]["unique_graphs"] == before + 2  # scales, not blocks
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(seg(3), first)
+        torch.testing.assert_close(seg(1), first[:1], atol=1e-5, rtol=1e-5)  # the last batch of a split
+    expected = predict(net, images, labels, (1.0, 0.5), True, CPU).seg
+    torch.testing.assert_close(first, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_pays_for_a_compilation() -> None:
+    for setting, images, pays in (("on", 1, True), ("off", 10**6, False), ("auto", 10**6, False)):  # auto: on a GPU
+        config = RuntimeConfig(device="cpu", compile=setting)
+        assert worth_compiling(config, resolve(config), images) is pays
+
+
+def test_weights_in_bf16_are_what_autocast_makes_of_them(net: CosaNet) -> None:
+    half = resolve(RuntimeConfig(device="cpu", precision="bf16"))
+    images, labels = torch.randn(2, 3, 48, 48), torch.ones(2, 3)
+    converted = deepcopy(net)
+    for_inference(converted, half)
+    assert converted.decoder[0].weight.dtype == torch.bfloat16
+    assert converted.encoder.vit.norm.weight.dtype == torch.float32
+    expected, found = (predict(one, images, labels, (1.0, 0.5), True, half) for one in (net, converted))
+    assert torch.equal(found.seg, expected.seg)
+    assert torch.equal(found.cams, expected.cams)
+    for_inference(net, CPU)  # in fp32 nothing changes
+    assert all(parameter.dtype == torch.float32 for parameter in net.parameters())

@@ -12,13 +12,13 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["cosa_fast"],  # __version__
     ["cosa_fast.config"],
-    ["cosa_fast.files", "cosa_fast.distributed"],
+    ["cosa_fast.files", "cosa_fast.distributed", "cosa_fast.transfer"],
     ["cosa_fast.runtime"],
     ["cosa_fast.data"],
     ["cosa_fast.models"],
-    ["cosa_fast.assign"],
+    ["cosa_fast.assign", "cosa_fast.bands"],
     ["cosa_fast.losses", "cosa_fast.metrics", "cosa_fast.inference", "cosa_fast.crf"],
-    ["cosa_fast.training"],
+    ["cosa_fast.training", "cosa_fast.predictors"],
     ["cosa_fast.pseudo_labels"],
     ["cosa_fast.figures"],
     ["cosa_fast.systems"],

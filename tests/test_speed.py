@@ -12,15 +12,16 @@ import torch
 from tiny_results import CLASSES, write_checkpoint, write_dataset
 from tiny_runs import SPEED_COLUMNS
 
-from cosa_fast import speed
+from cosa_fast import predictors, speed
 from cosa_fast.config import EvalConfig, MultistageConfig, RuntimeConfig
 from cosa_fast.crf import CRF_PRESETS, CrfPool, dense_crf
 from cosa_fast.data.index import Index
 from cosa_fast.inference import label_map, normalise, predict, predict_segmenter, read_rgb, resize, square, to_tensor
 from cosa_fast.models.checkpoint import load_cosa
 from cosa_fast.models.segmenter import Segmenter, build_segmenter, load_segmenter, save_segmenter
+from cosa_fast.predictors import Cosa, CosaMs, Picture, System, Views, prepared
 from cosa_fast.runtime import resolve
-from cosa_fast.speed import Cosa, CosaMs, System, Variant, Views, measure_speed
+from cosa_fast.speed import Variant, measure_speed
 from cosa_fast.studies.speed import COLUMNS as STUDY_COLUMNS
 from cosa_fast.studies.speed import RATES
 
@@ -65,7 +66,7 @@ def test_every_variant_is_timed_on_the_same_images(made: Path, tmp_path: Path, m
     passes: list[tuple[int, tuple[str, str, int]]] = []
     timed = speed._seconds
 
-    def counted(variant: Variant, system: System, pictures: list[speed.Picture], *rest: object) -> float:
+    def counted(variant: Variant, system: System, pictures: list[Picture], *rest: object) -> float:
         passes.append((len(pictures), (variant.name, variant.crf, variant.batch)))
         return timed(variant, system, pictures, *rest)  # type: ignore[arg-type]
 
@@ -110,11 +111,15 @@ def test_cosa_ms_takes_as_many_images_as_the_evaluation(made: Path, monkeypatch:
         counts.append(len(images))
         return predict_segmenter(net, images, *rest)
 
-    monkeypatch.setattr(speed, "predict_segmenter", counted)
+    def scores() -> list[torch.Tensor]:
+        batch, _ = prepared(system, [("an image", picture)] * 5)
+        return list(system.scores(batch, views))
+
+    monkeypatch.setattr(predictors, "predict_segmenter", counted)
     with torch.inference_mode():
-        together = list(system.scores([picture] * 5, views))
-        monkeypatch.setattr(speed, "STANDALONE_BYTES", 2 * 4 * (len(CLASSES) + 1) * picture.height * picture.width)
-        apart = list(system.scores([picture] * 5, views))
+        together = scores()
+        monkeypatch.setattr(predictors, "STANDALONE_BYTES", 8 * (len(CLASSES) + 1) * picture.height * picture.width)
+        apart = scores()
     assert counts == [5, 2, 2, 1]
     torch.testing.assert_close(apart, together)
 

@@ -6,7 +6,7 @@ import gzip
 import io
 import logging
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from cosa_fast.data.classes import VOC_CLASSES, voc_palette
 from cosa_fast.inference import label_map, normalise, predict, predict_segmenter, resize, square, to_tensor
 from cosa_fast.models.checkpoint import load_cosa
 from cosa_fast.models.segmenter import build_segmenter, load_segmenter, save_segmenter
+from cosa_fast.predictors import Batch, System, Views
 from cosa_fast.runtime import resolve
 from cosa_fast.submission import check_submission, write_submission
 from tests.tiny_photos import write_photo
@@ -234,7 +235,11 @@ def test_a_failed_check_leaves_the_former_archive(
     root: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "voc.tgz").write_bytes(b"former")
-    monkeypatch.setattr(submission, "label_map", lambda scores: torch.full(scores.shape[1:], 255, dtype=torch.uint8))
+
+    def void(system: System, batches: Iterable[Batch], views: Views) -> Iterator[np.ndarray]:
+        return (np.full(size, 255, np.uint8) for batch in batches for size in batch.sizes)
+
+    monkeypatch.setattr(submission, "label_maps", void)
     with pytest.raises(ValueError, match=r"5 problems in the submission(.|\n)*holds the value 255: wanted 0 to 20"):
         write(root, tmp_path / "voc.tgz", checkpoint)
     assert (tmp_path / "voc.tgz").read_bytes() == b"former"

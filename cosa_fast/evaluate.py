@@ -22,7 +22,7 @@ from cosa_fast.distributed import World
 from cosa_fast.figures import PanelRow, write_panel
 from cosa_fast.files import write_atomically
 from cosa_fast.gallery import require_gallery, write_gallery
-from cosa_fast.inference import prefetch, to_device
+from cosa_fast.inference import for_inference, prefetch, worth_compiling
 from cosa_fast.metrics import confusion_matrix, mean_iou
 from cosa_fast.models.checkpoint import CosaCheckpoint, load_cosa
 from cosa_fast.models.segmenter import SegmenterCheckpoint, load_segmenter
@@ -30,6 +30,7 @@ from cosa_fast.pseudo_labels import require_same_classes
 from cosa_fast.results import Score, report, table
 from cosa_fast.runtime import resolve
 from cosa_fast.systems import CAM, COSA, FILTERED, FREE, ORDER, TRUTH, Systems, outcomes, read_truth
+from cosa_fast.transfer import to_device
 
 log = logging.getLogger(__name__)
 
@@ -84,10 +85,14 @@ def evaluate(
         require_gallery(gallery)
     cosa = load_cosa(checkpoint, evaluation.network, machine.device)
     require_same_classes(cosa.classes, checkpoint, dataset, index)
+    images = sum(len(dataset.splits[split]) for split in splits)
+    compiled = worth_compiling(runtime, machine, images // world.size)
+    for_inference(cosa.net, machine, compiled)
     standalone = labels = None
     if segmenter is not None:
         standalone = load_segmenter(segmenter, machine.device)
         require_same_classes(standalone.classes, segmenter, dataset, index)
+        for_inference(standalone.net, machine)
     if store is not None:
         labels = PseudoLabels(store)
         labels.require_match(dataset)
@@ -95,7 +100,17 @@ def evaluate(
     remarks = list(_remarks(cosa, standalone, labels)) if world.first else []
     for remark in remarks:
         log.warning("%s", remark)
-    systems = Systems(dataset, truth, cosa, standalone, labels, evaluation, machine, threads)
+    systems = Systems(
+        dataset,
+        truth,
+        cosa,
+        standalone,
+        labels,
+        evaluation,
+        machine,
+        threads,
+        evaluation.batch_size if compiled else None,
+    )
     scores: list[Score] = []
     rows: list[PanelRow] = []
     for split in splits:

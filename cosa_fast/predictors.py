@@ -118,7 +118,8 @@ class CosaMs:
 
     def prepare(self, pixels: Sequence[Tensor], sizes: Sequence[Size]) -> Batch:
         """Pictures of one size together, as many as fit in `STANDALONE_BYTES`."""
-        net, groups = self.network, []
+        net = self.network
+        groups: list[tuple[tuple[int, ...], Tensor]] = []
         for size in dict.fromkeys(sizes):
             alike = [slot for slot, other in enumerate(sizes) if other == size]
             fitting = max(1, STANDALONE_BYTES // (4 * (len(net.classes) + 1) * size[0] * size[1]))
@@ -126,6 +127,7 @@ class CosaMs:
                 slots = alike[start : start + fitting]
                 images = torch.stack([pixels[slot] for slot in slots])
                 groups.append((tuple(slots), normalise(images, net.mean, net.std, self.machine.device)))
+        groups.sort(key=lambda group: group[0][0])  # few results wait for those of other sizes before them
         return Batch(tuple(groups), tuple(sizes))
 
     def scores(self, batch: Batch, views: Views) -> Iterator[Tensor]:

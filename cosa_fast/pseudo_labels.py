@@ -6,7 +6,7 @@ import logging
 import math
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -25,8 +25,10 @@ from cosa_fast.data.store import Pixels, PseudoLabel, PseudoLabels, StoreInfo, w
 from cosa_fast.files import describe_os_error, require_space
 from cosa_fast.inference import (
     Prediction,
+    ahead,
     cam_label_map,
     chunks,
+    for_inference,
     label_maps,
     mask_values,
     normalise,
@@ -35,10 +37,11 @@ from cosa_fast.inference import (
     read_rgb,
     resize,
     square,
-    to_device,
+    worth_compiling,
 )
 from cosa_fast.models.checkpoint import CosaCheckpoint, load_cosa
 from cosa_fast.runtime import Runtime, resolve
+from cosa_fast.transfer import to_device, to_host
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,8 @@ def write_pseudo_labels(
     network = load_cosa(checkpoint, "assignment", machine.device)
     require_same_classes(network.classes, checkpoint, dataset, index)
     images = dataset.train
+    compiled = worth_compiling(runtime, machine, len(images) // machine.world.size)
+    for_inference(network.net, machine, compiled)
     pixels = sum(image.width * image.height for image in images)
     require_space(output.parent, int(BYTES_PER_PIXEL * pixels), "the pseudo-label store")
     log.info(
@@ -96,7 +101,7 @@ def write_pseudo_labels(
     )
     sizes = [(image.height, image.width) for image in images]
     positions = machine.world.share(range(len(images)), whole=math.lcm(pseudo.shard, pseudo.batch_size))
-    rows = _rows(dataset, [images[position] for position in positions], network, pseudo, machine, threads)
+    rows = _rows(dataset, [images[position] for position in positions], network, pseudo, machine, threads, compiled)
     write_store(output, info, sizes, rows, pseudo.shard, positions, machine.world)
 
 
@@ -120,19 +125,36 @@ def _rows(
     pseudo: PseudoConfig,
     machine: Runtime,
     threads: int,
+    compiled: bool,
 ) -> Iterator[PseudoLabel]:
-    """Rows of the store, image by image."""
+    """Rows of the store, image by image; a GPU is at the next batch while those of one are compressed."""
+    early = pseudo.batch_size if machine.device.type == "cuda" else 0
+    for arriving in ahead(_arriving_rows(dataset, images, network, pseudo, machine, threads, compiled), early):
+        yield PseudoLabel(*(arrived().numpy() for arrived in arriving))
+
+
+def _arriving_rows(
+    dataset: Index,
+    images: Sequence[Image],
+    network: CosaCheckpoint,
+    pseudo: PseudoConfig,
+    machine: Runtime,
+    threads: int,
+    compiled: bool,
+) -> Iterator[list[Callable[[], Tensor]]]:
+    """The three maps of each image, on their way to the host."""
 
     def load(image: Image) -> Tensor:
         return square(read_rgb(dataset, image), pseudo.size)
 
     squares = prefetch(load, images, threads, ahead=2 * pseudo.batch_size)
+    fill = pseudo.batch_size if compiled else None
     progress = tqdm(total=len(images), desc="pseudo-labels", unit="image", disable=machine.world.quiet)
     for group in chunks(images, pseudo.batch_size):
         pixels = torch.stack(list(islice(squares, len(group))))
         normalised = normalise(pixels, network.mean, network.std, machine.device)
         present = to_device(torch.from_numpy(dataset.multi_hot(tuple(group))), machine.device)
-        prediction = predict(network.net, normalised, present, pseudo.scales, pseudo.flip, machine)
+        prediction = predict(network.net, normalised, present, pseudo.scales, pseudo.flip, machine, fill)
         for slot, image in enumerate(group):
             yield _row(prediction, slot, image, network.threshold)
         progress.update(len(group))
@@ -140,13 +162,13 @@ def _rows(
 
 
 @torch.inference_mode()
-def _row(prediction: Prediction, slot: int, image: Image, threshold: float) -> PseudoLabel:
+def _row(prediction: Prediction, slot: int, image: Image, threshold: float) -> list[Callable[[], Tensor]]:
     size, kept = (image.height, image.width), mask_values(image, prediction.class_labels.device)
     cams, _ = prediction.cams_of(slot, kept)
     confidence = (resize(cams, size).amax(dim=0) * 255).round().to(torch.uint8)
     _, segmentation = label_maps(prediction.seg_bands(slot, size), size, kept)
     maps = (cam_label_map(cams, threshold, size, kept), confidence, segmentation)
-    return PseudoLabel(*(values.cpu().numpy() for values in maps))
+    return [to_host(values) for values in maps]
 
 
 def export_png(store: Path, output: Path, *, confidence: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import torch
@@ -24,17 +25,17 @@ from cosa_fast.inference import (
     mask_values,
     normalise,
     predict,
-    predict_segmenter,
     prefetch,
     read_rgb,
     resize,
     square,
-    to_device,
     to_tensor,
 )
 from cosa_fast.models.checkpoint import CosaCheckpoint
 from cosa_fast.models.segmenter import SegmenterCheckpoint
+from cosa_fast.predictors import CosaMs, Views
 from cosa_fast.runtime import Runtime
+from cosa_fast.transfer import to_device
 
 FREE, FILTERED = "label-free", "label-filtered"
 COSA, COSA_MS = "CoSA", "CoSA-MS"
@@ -45,10 +46,6 @@ ORDER = (COSA, CRF[COSA], COSA_MS, CRF[COSA_MS], CAM, AUX_CAM, ENSEMBLE)
 """Of the rows."""
 TRUTH = "truth"
 """The column of panels and galleries."""
-
-
-STANDALONE_BYTES = 2**28
-"""Of the probabilities that CoSA-MS computes at a time; its own temporaries are several times as large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +60,8 @@ class Systems:
     config: EvalConfig
     machine: Runtime
     threads: int
+    fill: int | None = None
+    """Fill batches up to this: CoSA's network is compiled, see `predict`."""
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -177,7 +176,8 @@ def _predict(systems: Systems, batch: Sequence[Sample]) -> Iterator[Outcome]:
     config, machine, cosa = systems.config, systems.machine, systems.cosa
     present = torch.from_numpy(systems.dataset.multi_hot(tuple(sample.image for sample in batch)))
     squares = normalise(torch.stack([sample.square for sample in batch]), cosa.mean, cosa.std, machine.device)
-    prediction = predict(cosa.net, squares, to_device(present, machine.device), config.scales, config.flip, machine)
+    present = to_device(present, machine.device)
+    prediction = predict(cosa.net, squares, present, config.scales, config.flip, machine, systems.fill)
     for slot, (sample, standalone) in enumerate(zip(batch, _predict_standalone(systems, batch), strict=True)):
         kept = mask_values(sample.image, machine.device)
         main, aux = prediction.cams_of(slot, kept)
@@ -195,19 +195,9 @@ def _predict(systems: Systems, batch: Sequence[Sample]) -> Iterator[Outcome]:
 
 
 def _predict_standalone(systems: Systems, batch: Sequence[Sample]) -> Iterator[Tensor | None]:
-    """CoSA-MS's (K, H, W) probabilities of each image, those of one size together; None without CoSA-MS."""
-    network, config, device = systems.segmenter, systems.config, systems.machine.device
-    results: dict[int, Tensor] = {}
-    for slot, sample in enumerate(batch):
-        if network is None:
-            yield None
-            continue
-        if slot not in results:
-            size = 4 * (len(network.classes) + 1) * sample.image.height * sample.image.width
-            fitting = max(1, STANDALONE_BYTES // size)
-            slots = [other for other in range(slot, len(batch)) if batch[other].size == sample.size][:fitting]
-            pixels = torch.stack([batch[other].pixels for other in slots])
-            images = normalise(pixels, network.mean, network.std, device)
-            maps = predict_segmenter(network.net, images, config.scales, config.flip, systems.machine)
-            results |= zip(slots, maps, strict=True)
-        yield results.pop(slot)
+    """CoSA-MS's (K, H, W) probabilities of each image, added over the views; None without CoSA-MS."""
+    if systems.segmenter is None:
+        return repeat(None, len(batch))
+    standalone = CosaMs(systems.segmenter, systems.machine)
+    images = standalone.prepare([sample.pixels for sample in batch], [sample.size for sample in batch])
+    return standalone.scores(images, Views(systems.config.scales, systems.config.flip))

@@ -1,6 +1,7 @@
-"""Trains 50 steps on this process's part of each batch and saves what the first process ended with.
+"""Trainings by several processes: `torchrun --nproc-per-node 2 tests/distributed_worker.py FOLDER`.
 
-`torchrun --nproc-per-node 2 tests/distributed_worker.py OUTPUT`; imported, `train` runs in one process.
+`train` takes 50 steps on this process's part of each batch; `stages` trains through the stages. Imported, both run in
+one process.
 """
 
 from __future__ import annotations
@@ -12,19 +13,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosa_fast.config import AugmentConfig, CosaConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
+from cosa_fast.config import (
+    AugmentConfig,
+    CosaConfig,
+    LoaderConfig,
+    ModelConfig,
+    MultistageConfig,
+    OptimConfig,
+    RuntimeConfig,
+    TrainConfig,
+    ValidationConfig,
+)
 from cosa_fast.data.batch import Batch
-from cosa_fast.distributed import World, leave
-from cosa_fast.models.batch_norm import share_batch_norm
+from cosa_fast.distributed import leave
 from cosa_fast.models.cosa import CosaNet
+from cosa_fast.models.shared import share_layers
 from cosa_fast.runtime import resolve
+from cosa_fast.training import single_stage
 from cosa_fast.training.guidance import Guidance
-from cosa_fast.training.single_stage import make_trainer
+from cosa_fast.training.multi_stage import train_segmenter
 from cosa_fast.training.step import Settings
 
 STEPS, IMAGES, CLASSES, CROP = 50, 4, 3, 48
 VIT = {"name": "test_vit", "aux_norm": True, "aux_block": 2}
 MINI = {"name": "mini_vit", "aux_norm": True, "aux_block": 0}
+SEGMENTER = MultistageConfig(
+    encoder="tu-test_resnet",
+    encoder_weights=None,
+    iterations=6,
+    batch_size=4,
+    crop=48,
+    optimizer="adamw",
+    lr=3e-3,
+    warmup=2,
+    checkpoint_every=3,
+    log_every=2,
+)
 # Name: model, CoSA's switches, parts of a process's share, and its dtype.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int, torch.dtype]] = {
     "paper": (VIT, {}, 1, torch.float64),
@@ -65,11 +89,11 @@ def whole_batch(iteration: int, dtype: torch.dtype) -> Batch:
     return Batch(weak, strong, labels, present, box, torch.arange(IMAGES))
 
 
-def train(case: str, world_of_test: World | None = None) -> dict[str, Tensor]:
+def train(case: str) -> dict[str, Tensor]:
     """Every step's loss terms, averaged over processes, the thresholds and the final weights."""
     model, cosa, parts, dtype = CASES[case]
     machine = resolve(RuntimeConfig(device="cpu"), threads=1)
-    world = world_of_test or machine.world
+    world = machine.world
     torch.manual_seed(0)
     settings = Settings(
         AugmentConfig(crop=CROP),
@@ -78,8 +102,8 @@ def train(case: str, world_of_test: World | None = None) -> dict[str, Tensor]:
         TrainConfig(iterations=STEPS, batch_size=IMAGES, c2s_start=8, guidance_start=15, accumulate=parts),
     )
     net = CosaNet(ModelConfig(decoder_dim=8, decoder_dilation=1, **model), CLASSES, CROP, pretrained=False).to(dtype)
-    share_batch_norm(net, world, machine.device)
-    trainer = make_trainer(net, settings, machine, Guidance(settings.cosa.guidance))
+    share_layers(net, world, machine.device)
+    trainer = single_stage.make_trainer(net, settings, machine, Guidance(settings.cosa.guidance))
     trainer.to(dtype)
     curves: dict[str, list[Tensor]] = {}
     for iteration in range(STEPS):
@@ -92,8 +116,44 @@ def train(case: str, world_of_test: World | None = None) -> dict[str, Tensor]:
     return result | {f"weight.{name}": value.detach().clone() for name, value in trainer.state_dict().items()}
 
 
+def stages(folder: Path, results: Path, batch_size: int = 4) -> None:
+    """CoSA with a warm-up and validation, and CoSA-MS, on the dataset in `folder`."""
+    index, masks, train = folder / "index.json", folder / "masks.json", single_stage.train
+    sections: dict[str, Any] = {
+        "augment": AugmentConfig(crop=48, scale=(0.7, 1.3)),
+        "loader": LoaderConfig(backend="torch", workers=0),
+        "model": ModelConfig(decoder_dim=8, decoder_dilation=1, **MINI),
+        "cosa": CosaConfig(scales=(1.0,), label_size=24, momentum=0.9),
+        "optim": OptimConfig(lr=1e-3, warmup=2),
+        "train": TrainConfig(
+            iterations=12, batch_size=batch_size, c2s_start=2, guidance_start=6, checkpoint_every=4, log_every=4
+        ),
+        "validation": ValidationConfig(every=6, images=4, size=48, batch_size=2),
+        "runtime": RuntimeConfig(device="cpu"),
+        "threads": 1,
+    }
+    single_stage.warm_up(index, results / "warmup", results / "resume-warmup", masks, **sections)
+    train(index, results / "cosa.safetensors", results / "resume", masks, warmup=results / "warmup", **sections)
+    train_segmenter(
+        index,
+        folder / "store.zarr",
+        results / "segmenter.safetensors",
+        results / "resume-segmenter",
+        multistage=SEGMENTER,
+        runtime=RuntimeConfig(device="cpu"),
+        threads=1,
+    )
+
+
 if __name__ == "__main__":
-    results = {case: train(case) for case in CASES}
-    if resolve(RuntimeConfig(device="cpu")).world.first:
-        torch.save(results, Path(sys.argv[1]))
+    folder = Path(sys.argv[1])
+    cases = {case: train(case) for case in CASES}
+    stages(folder, folder / "together")
+    world = resolve(RuntimeConfig(device="cpu")).world
+    try:
+        stages(folder, folder / "uneven", batch_size=5)
+    except ValueError as error:
+        cases["error"] = str(error)  # type: ignore[assignment]
+    if world.first:
+        torch.save(cases, folder / "cases.pt")
     leave()

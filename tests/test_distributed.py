@@ -1,57 +1,109 @@
-"""The global batch decides the result: 1 process x 4 images, 2 x 2 and parts of them end with the same weights."""
+"""The whole batch decides the result: 1 process x 4 images, 2 x 2 and parts of them end with the same weights."""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import distributed_worker as worker
+import numpy as np
 import pytest
 import torch
-from test_single_stage import index, sections  # noqa: F401  # a fixture
+from safetensors.torch import load_file
+from tiny_results import write_dataset, write_masks, write_true_store
+from torchrun import torchrun
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
-
-
-def torchrun(processes: int, *command: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run a script, or with `--no-python` a program, in several processes that meet over gloo."""
-    paths = [ROOT, ROOT / "kernels", HERE, os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(map(str, paths)),
-        "OMP_NUM_THREADS": "1",
-        "TRITON_INTERPRET": "0",
-    }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return subprocess.run(
-        [*launcher, *map(str, command)], env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
+from cosa_fast.config import AugmentConfig, CosaConfig, TrainConfig
+from cosa_fast.data.augment import Draws, Plan
+from cosa_fast.distributed import World
+from cosa_fast.training.single_stage import _check_parts
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch.Tensor]]:
-    output = tmp_path_factory.mktemp("two") / "results.pt"
-    done = torchrun(2, HERE / "distributed_worker.py", output)
-    assert done.returncode == 0, done.stderr
-    results: dict[str, dict[str, torch.Tensor]] = torch.load(output, weights_only=True)
-    return results
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave: the cases in `cases.pt`, the stages' files in `together/`."""
+    folder = tmp_path_factory.mktemp("distributed")
+    write_masks(write_dataset(folder, train=9, val=5))
+    write_true_store(folder / "index.json", folder / "store.zarr")
+    done = torchrun(2, sys.executable, worker.__file__, str(folder))
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
 
 
 @pytest.mark.parametrize("case", list(worker.CASES))
-def test_two_processes_with_two_images_are_one_with_four(
-    two_processes: dict[str, dict[str, torch.Tensor]], case: str
-) -> None:
-    alone = worker.train(case)
-    together = two_processes[case]
+def test_two_processes_with_two_images_are_one_with_four(folder: Path, case: str) -> None:
+    alone, together = worker.train(case), torch.load(folder / "cases.pt", weights_only=True)[case]
     assert together.keys() == alone.keys()
     exact = worker.CASES[case][3] == torch.float64
     for name, value in alone.items():
-        tolerance = {"rtol": 1e-6, "atol": 1e-9} if exact else {"rtol": 1e-4, "atol": 1e-5}
+        tolerance = {"rtol": 1e-6, "atol": 1e-9} if exact else {"rtol": 1e-3, "atol": 1e-4}
         if not exact and name.endswith("histograms"):
-            tolerance["atol"] = 2  # of some 9,000 confidences, a few lie on the edge of a bin
+            tolerance["atol"] = 2  # of some 9,000 confidences a few lie on the edge of a bin
+        if not exact and name.endswith("qkv.bias"):
+            continue  # the gradient of a key's bias is 0 but for rounding, which Adam scales up to the learning rate
         torch.testing.assert_close(together[name], value, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
     losses = alone["curve.loss"]
     assert losses[5:8].mean() < losses[:3].mean()  # there was something to agree on
+
+
+def test_stages_end_with_the_same_files(folder: Path) -> None:
+    worker.stages(folder, folder / "alone")
+    names = [sorted(path.name for path in (folder / who).iterdir()) for who in ("alone", "together")]
+    assert names[0] == names[1]
+    for name in ("cosa.safetensors", "segmenter.safetensors"):
+        alone, together = (load_file(folder / who / name) for who in ("alone", "together"))
+        for key, value in alone.items():
+            torch.testing.assert_close(together[key], value, rtol=1e-3, atol=1e-4, msg=lambda m, n=key: f"{n}: {m}")
+    for name in ("cosa.metrics.jsonl", "segmenter.metrics.jsonl", "cosa.validation.jsonl"):
+        alone, together = (records(folder / who / name) for who in ("alone", "together"))
+        assert len(alone) == len(together) > 0
+        for one, two in zip(alone, together, strict=True):
+            assert one.keys() == two.keys()
+            assert one["iteration"] == two["iteration"]
+            for key in one.keys() & {"loss", "cls", "c2s", "s2c", "csc", "threshold", "mean_average_precision"}:
+                assert two[key] == pytest.approx(one[key], rel=1e-3), key
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_batch_that_cannot_be_shared_is_said(folder: Path) -> None:
+    message = torch.load(folder / "cases.pt", weights_only=True)["error"]
+    assert message.startswith("train.batch_size = 5 cannot be divided among 2 processes with train.accumulate = 1")
+    assert not (folder / "uneven").exists() or not list((folder / "uneven").glob("*.safetensors"))
+
+
+def test_parts_know_nothing_of_each_other() -> None:
+    norm = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    parts = TrainConfig(batch_size=4, accumulate=2)
+    with pytest.raises(ValueError, match=r"train\.accumulate = 2, but the model has batch norm"):
+        _check_parts(norm, parts, CosaConfig(), World())
+    with pytest.raises(ValueError, match="contrasts the whole batch at once"):
+        _check_parts(torch.nn.Linear(1, 1), parts, CosaConfig(csc_scope="batch"), World())
+    with pytest.raises(ValueError, match=r"batch_size = 4 .* 2 processes with train\.accumulate = 4: use 4 in all"):
+        _check_parts(torch.nn.Linear(1, 1), TrainConfig(batch_size=4, accumulate=4), CosaConfig(), World(0, 2, 0))
+    _check_parts(torch.nn.Linear(1, 1), parts, CosaConfig(), World(0, 2, 0))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("count", [3, 10])
+def test_processes_draw_what_one_would(processes: int, count: int) -> None:
+    sizes = np.random.default_rng(0).integers(30, 90, (count, 2))
+    whole = Plan(AugmentConfig(crop=48), ("x",) * count, sizes, batch_size=8, seed=3)
+    parts = [
+        Plan(AugmentConfig(crop=48), ("x",) * count, sizes, 8 // processes, 3, rank, processes)
+        for rank in range(processes)
+    ]
+    for iteration in (0, 5):
+        one = whole.draws(iteration)
+        for name in ("positions", "blur", "operation", "magnitude"):
+            together = np.concatenate([getattr(part.draws(iteration), name) for part in parts])
+            np.testing.assert_array_equal(together, getattr(one, name))
+        np.testing.assert_array_equal(np.concatenate([box(part.draws(iteration)) for part in parts]), box(one))
+
+
+def box(draws: Draws) -> np.ndarray:
+    return np.hstack([draws.geometry.valid_box, draws.geometry.source_box])

@@ -102,8 +102,7 @@ def run(
         counts: dict[str, int] = {}
         source = batches(start)
         waited, clock = 0.0, time.perf_counter()
-        shown = None if world.first else True
-        progress = tqdm(range(start, iterations), desc=name, initial=start, total=iterations, disable=shown)
+        progress = tqdm(range(start, iterations), desc=name, initial=start, total=iterations, disable=world.quiet)
         for iteration in progress:
             asked = time.perf_counter()
             batch = next(source)

@@ -26,8 +26,8 @@ from cosa_fast.data.store import PseudoLabels
 from cosa_fast.distributed import ALONE, World
 from cosa_fast.files import require_space, sha256
 from cosa_fast.inference import chunks, normalise, prefetch, read_rgb
-from cosa_fast.models.batch_norm import share_batch_norm
 from cosa_fast.models.segmenter import Segmenter, build_segmenter, normalisation, save_segmenter
+from cosa_fast.models.shared import share_layers
 from cosa_fast.models.vit import parameter_count
 from cosa_fast.runtime import Runtime, resolve
 from cosa_fast.training import loop
@@ -85,7 +85,7 @@ def train_segmenter(
     torch.manual_seed(multistage.seed)
     net = build_segmenter(multistage, len(dataset.classes) + 1)
     _check_batch_size(net, multistage, machine.world)
-    share_batch_norm(net, machine.world, machine.device)
+    share_layers(net, machine.world, machine.device)
     require_space(output.parent, 3 * 4 * parameter_count(net), "the checkpoint")
     log.info(
         "CoSA-MS on %s: %s with %s, %d images, %.1f M parameters, %s",

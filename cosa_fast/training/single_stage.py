@@ -28,9 +28,9 @@ from cosa_fast.data.index import Index
 from cosa_fast.data.loader import batches
 from cosa_fast.distributed import World
 from cosa_fast.files import require_space, sha256
-from cosa_fast.models.batch_norm import normalises_over_batch, share_batch_norm
 from cosa_fast.models.checkpoint import save_safetensors
 from cosa_fast.models.cosa import CosaNet
+from cosa_fast.models.shared import normalises_over_batch, share_layers
 from cosa_fast.models.vit import parameter_count
 from cosa_fast.runtime import Runtime, resolve
 from cosa_fast.training import loop
@@ -198,7 +198,7 @@ def _prepare(
     net = CosaNet(model, len(dataset.classes), augment.crop)
     _check_sizes(net, augment, cosa)
     _check_parts(net, train, cosa, machine.world)
-    share_batch_norm(net, machine.world, machine.device)
+    share_layers(net, machine.world, machine.device)
     truth = oracle_masks(masks, dataset, augment, train) if cosa.guidance == "gt" else None
     guidance = Guidance(cosa.guidance, truth, train.seed)
     decisive = {"augment": augment, "model": model, "cosa": cosa, "optim": optim, "train": train}

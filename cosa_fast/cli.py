@@ -57,12 +57,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stage.run()
         logger.info("%s: finished in %s, %s", chosen.command, _duration(time.perf_counter() - started), _peak_memory())
     except BadFlag as error:
+        _let_the_first_speak()
         logger.error("%s: error: %s\nFor full helptext, run %s --help", name, error, name)
         return 2
     except (ValueError, OSError) as error:
-        if RANK > 0:
-            # Mostly the first process has the same to say; then torchrun ends this one before it repeats it.
-            time.sleep(3)
+        _let_the_first_speak()
         logger.error("%s: error: %s", name, error, exc_info=os.environ.get("COSA_FAST_DEBUG") == "1")
         return 1
     except KeyboardInterrupt:
@@ -85,6 +84,12 @@ def end_with_parent() -> None:
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _let_the_first_speak() -> None:
+    """Mostly the first process has the same error to tell; then torchrun ends this one before it repeats it."""
+    if RANK > 0:
+        time.sleep(3)
 
 
 def _top_level(words: list[str]) -> int:

@@ -67,7 +67,8 @@ class World:
         if self.size == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.size)]
-        dist.all_gather(parts, values.detach().contiguous())
+        with _together():
+            dist.all_gather(parts, values.detach().contiguous())
         own = values.detach()
         parts[self.rank] = own + self.size * (values - own) if values.requires_grad else own
         return torch.cat(parts)

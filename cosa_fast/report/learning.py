@@ -19,6 +19,7 @@ CHARTS = (
     ("Contrastive separation (CSC, Eq. 10)", {"csc": "CSC"}),
     ("CAM threshold ξ (Eq. 6)", {"threshold": "ξ"}),
     ("Seconds per iteration", {"seconds_per_iteration": "seconds"}),
+    ("Share of the time spent waiting for the loader", {"waiting": "share"}),
 )
 """Title, and the logged keys with the names of their curves."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,17 +46,20 @@ class CosaNet(nn.Module):
         self.classifier = nn.Conv2d(dim, num_classes, 1, bias=False)
         self.aux_classifier = nn.Conv2d(dim, num_classes, 1, bias=False)
         self.decoder = large_fov(dim, config.decoder_dim, num_classes + 1, config.decoder_dilation)
+        # As the tokens lie in memory: otherwise each pass would bring its weights or its maps into another order.
+        self.decoder.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, decode: bool = True) -> Outputs:
         """(B, 3, H, W) normalised images, H and W multiples of the encoder's stride; `decode`: segment them too."""
         features, aux_features = self.encoder(images)
         aux_features = self.aux_norm(aux_features.movedim(1, -1)).movedim(-1, 1)
+        cams = self.classifier(features)
         return Outputs(
             logits=self.classifier(F.adaptive_max_pool2d(features, 1)).flatten(1),
             aux_logits=self.aux_classifier(F.adaptive_max_pool2d(aux_features, 1)).flatten(1),
-            cams=F.conv2d(features, self.classifier.weight),
-            guided_cams=self._guided_cams(features),
-            aux_cams=F.conv2d(aux_features, self.aux_classifier.weight),
+            cams=cams,
+            guided_cams=cams if self.detach == "none" else self._guided_cams(features),
+            aux_cams=self.aux_classifier(aux_features),
             seg=self.decoder(features) if decode else features.new_empty(0),
         )
 

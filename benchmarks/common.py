@@ -281,12 +281,12 @@ def ceilings(device: str, tiny: bool = False) -> Ceilings:
     size = 2**16 if tiny else 2**26 if device == "cpu" else 2**30
     source = torch.rand(size // 4, device=device)
     target = torch.empty_like(source)
-    copy = 2 * size / _fastest(lambda: target.copy_(source), device) / 1e9
+    copy = 2 * size / fastest(lambda: target.copy_(source), device) / 1e9
     if device == "cuda":
         from benchmarks.exp_kernel import exponentials
 
         count, run = exponentials(device)
-        return Ceilings(copy, count / _fastest(run, device) / 1e9)
+        return Ceilings(copy, count / fastest(run, device) / 1e9)
     # Within the first-level cache.
     source, target = source[:2048], target[:2048]
 
@@ -294,10 +294,10 @@ def ceilings(device: str, tiny: bool = False) -> Ceilings:
         for _ in range(200):
             torch.exp(source, out=target)
 
-    return Ceilings(copy, 200 * len(source) / _fastest(run_cpu, device) / 1e9)
+    return Ceilings(copy, 200 * len(source) / fastest(run_cpu, device) / 1e9)
 
 
-def _fastest(call: Callable[[], object], device: str, runs: int = 10) -> float:
+def fastest(call: Callable[[], object], device: str, runs: int = 10) -> float:
     """Seconds of the fastest run."""
     if device == "cuda":
         from triton.testing import do_bench

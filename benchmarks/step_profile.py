@@ -1,0 +1,81 @@
+"""Where a training step's time goes: torch.profiler's trace, and a table of the parts that the step labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+
+from benchmarks.step_cases import PHASES, Phase, Preset, Step, synthetic_batch, tflop_per_image
+
+PARTS = ("teacher x", "targets", "student", "losses", "backward", "optimizer", "average")
+"""Beginnings of the labels; what lies outside of them is `other`."""
+STEPS = 3
+
+
+def profile(step: Step, preset: Preset, phase: Phase, variant: str, device: str, folder: Path) -> str:
+    """Trace some steps; a Chrome trace (chrome://tracing, Perfetto) goes to the folder, the table of parts is returned.
+
+    On a GPU the times are the device's, without the gaps, which stand below; on the CPU they are the clock's, with the
+    profiler's own share.
+    """
+    batch = synthetic_batch(preset, device)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(STEPS):
+            with torch.profiler.record_function("step"):
+                step(PHASES[phase], batch)
+        if device == "cuda":
+            torch.cuda.synchronize()
+    folder.mkdir(parents=True, exist_ok=True)
+    trace = folder / f"{preset.name}_{phase}_{variant}.json.gz"
+    profiler.export_chrome_trace(str(trace))
+    parts = _parts(profiler.key_averages(), "device_time_total" if device == "cuda" else "cpu_time_total")
+    whole = parts.pop("step")
+    work = tflop_per_image(preset)
+    lines = [
+        f"\n{preset.name}, {phase}, {variant}: {whole:.4g} ms per step ({trace})",
+        "",
+        "| part | ms | share | TFLOP/s |",
+        "|---|---|---|---|",
+    ]
+    for part, ms in {**parts, "other": whole - sum(parts.values())}.items():
+        rate = f"{1000 * preset.batch * work[part] / ms:.3g}" if part in work and ms > 0 else ""
+        lines.append(f"| {part} | {ms:.4g} | {ms / whole:.1%} | {rate} |")
+    if device == "cuda":
+        busy, span = _busy(profiler.events() or ())
+        lines.append(f"\nThe device was idle {1 - busy / span:.1%} of {span:.4g} ms.")
+    return "\n".join(lines)
+
+
+def _parts(averages: Iterable[Any], field: str) -> dict[str, float]:
+    """Milliseconds per step of `step` and of each labelled part, in the order of PARTS."""
+    found = {
+        event.key: getattr(event, field) / 1000 / STEPS
+        for event in averages
+        if event.key == "step" or event.key.startswith(PARTS)
+    }
+    order = ("step", *PARTS)
+    return dict(sorted(found.items(), key=lambda item: next(i for i, p in enumerate(order) if item[0].startswith(p))))
+
+
+def _busy(events: Iterable[Any]) -> tuple[float, float]:
+    """Milliseconds in which some kernel ran, and from the first kernel's begin to the last one's end."""
+    kernels = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    )
+    if not kernels:
+        return 0.0, 1.0
+    busy, (begin, end) = 0.0, kernels[0]
+    for start, stop in kernels[1:]:
+        if start > end:
+            busy, begin = busy + end - begin, start
+        end = max(end, stop)
+    return (busy + end - begin) / 1000, (end - kernels[0][0]) / 1000

@@ -27,7 +27,7 @@ Row = dict[str, str]
 WHERE = ("device", "machine", "threads", "torch")
 WHAT = ("preset", "batch", "phase", "variant", "commit")
 PEAK_TFLOP_S = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "RTX 3090": 71.0}
-"""The vendors' figures for dense bf16 by a part of the GPU's name; on other machines a large matrix product is timed."""
+"""The vendors' figures for dense bf16 by a part of the GPU's name; elsewhere a large product is timed."""
 TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
 """Relative difference that the first loss may have from that of `fp32`."""
 
@@ -118,8 +118,11 @@ def _agreeing(preset: Preset, phase: Phase, options: Options) -> dict[Variant, S
     Raises:
         SystemExit: a first loss differs from that of `fp32`, which the release's does by design.
     """
-    batch, truth, ready = synthetic_batch(preset, options.device), None, {}
-    for variant in ("fp32", *(v for v in options.variants if v != "fp32")):
+    batch = synthetic_batch(preset, options.device)
+    truth: float | None = None
+    ready: dict[Variant, Step] = {}
+    first: Variant = "fp32"
+    for variant in (first, *(v for v in options.variants if v != first)):
         try:
             step = make_step(preset, variant, options.device)
             loss = float(step(PHASES[phase], batch)["loss"])
@@ -131,8 +134,8 @@ def _agreeing(preset: Preset, phase: Phase, options: Options) -> dict[Variant, S
         truth = loss if truth is None else truth
         if variant != "release" and not abs(loss - truth) <= TOLERANCE[variant.partition("_")[0]] * abs(truth):
             raise SystemExit(
-                f"{preset.name} {phase}: the first loss of {variant} is {loss:.6g}, that of fp32 {truth:.6g}, so nothing "
-                "is measured"
+                f"{preset.name} {phase}: the first loss of {variant} is {loss:.6g}, that of fp32 {truth:.6g}, so "
+                "nothing is measured"
             )
         if variant in options.variants:
             ready[variant] = step
@@ -141,7 +144,8 @@ def _agreeing(preset: Preset, phase: Phase, options: Options) -> dict[Variant, S
 
 def _measured(steps: Mapping[Variant, Step], preset: Preset, phase: Phase, options: Options) -> Iterator[Row]:
     """The variants take turns, so that what disturbs the machine disturbs all of them alike."""
-    batch, times = synthetic_batch(preset, options.device), {variant: [] for variant in steps}
+    batch = synthetic_batch(preset, options.device)
+    times: dict[Variant, list[dict[str, float]]] = {variant: [] for variant in steps}
     begin = time.perf_counter()
     for turn in range(max(options.turns, 100)):
         if turn >= options.turns and time.perf_counter() - begin > options.seconds:
@@ -153,9 +157,13 @@ def _measured(steps: Mapping[Variant, Step], preset: Preset, phase: Phase, optio
     work, peak = tflop(preset, phase), peak_tflop_s(options.device, options.tiny)
     for variant, all_of in times.items():
         ms = common.spread([turn["ms"] for turn in all_of])
-        values = {"time_ms": ms, "images_per_s": Spread(*(1000 * preset.batch / value for value in (ms[0], ms[2], ms[1])))}
-        values["tflop_per_s"] = Spread(*(1000 * work / value for value in (ms[0], ms[2], ms[1])))
-        values["peak_share"] = Spread(*(value / peak for value in values["tflop_per_s"]))
+        per_second = [1000 / value for value in (ms.median, ms.high, ms.low)]
+        values = {
+            "time_ms": ms,
+            "images_per_s": Spread(*(preset.batch * rate for rate in per_second)),
+            "tflop_per_s": Spread(*(work * rate for rate in per_second)),
+            "peak_share": Spread(*(work * rate / peak for rate in per_second)),
+        }
         for metric in all_of[0].keys() - {"ms"}:
             values[metric] = common.spread([turn[metric] for turn in all_of])
         for metric, value in values.items():
@@ -202,7 +210,7 @@ def peak_tflop_s(device: str, tiny: bool = False) -> float:
 
 
 def table(rows: Iterable[Mapping[str, str]]) -> str:
-    """Markdown: for each machine a line per preset, phase, variant and commit; runs of the same are pooled by median."""
+    """Markdown: for each machine a line per preset, phase, variant and commit; medians over runs."""
     pooled: dict[tuple[str, ...], dict[tuple[str, ...], dict[str, list[float]]]] = {}
     for row in rows:
         group = pooled.setdefault(tuple(row[name] for name in WHERE), {})
@@ -218,8 +226,8 @@ def _one_table(where: Mapping[str, str], group: Mapping[tuple[str, ...], Mapping
     lines = [
         f"{where['machine']} ({where['device']}, {where['threads']} threads), torch {where['torch']}.",
         "",
-        "| preset | images | phase | variant | commit | runs | ms (20 % to 80 %) | images/s | release / this | fp32 / this "
-        "| TFLOP/s (share of peak) | host ms | peak MiB |",
+        "| preset | images | phase | variant | commit | runs | ms (20 % to 80 %) | images/s | release / this "
+        "| fp32 / this | TFLOP/s (share of peak) | host ms | peak MiB |",
         "|" + "---|" * 13,
     ]
     for what, values in medians.items():

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Literal
 
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -138,8 +139,8 @@ class ReleaseStep:
     def __init__(self, preset: Preset, device: str) -> None:
         self.online = preset.network().to(device).train()
         for module in self.online.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = False
+            if isinstance(module, Attention):
+                module.fused_attn = False  # type: ignore[misc]  # "Final" is for TorchScript
         self.assignment = copy.deepcopy(self.online).requires_grad_(False)
         self.config, optim = preset.config, preset.config.optim
         self.optimizer = torch.optim.AdamW(
@@ -176,7 +177,9 @@ class ReleaseStep:
                 theirs.mul_(cosa.momentum).add_(ours, alpha=1.0 - cosa.momentum)
         return {"loss": loss.detach()}
 
-    def _merged(self, views: tuple[Tensor, ...], mirrored: tuple[Tensor, ...], batch: Batch, size: tuple[int, int]) -> Tensor:
+    def _merged(
+        self, views: tuple[Tensor, ...], mirrored: tuple[Tensor, ...], batch: Batch, size: tuple[int, int]
+    ) -> Tensor:
         return release.merge_cams(list(views), [view.flip(-1) for view in mirrored], batch.labels, size)
 
 
@@ -205,7 +208,7 @@ def tflop_per_image(preset: Preset) -> dict[str, float]:
 
 
 def tflop(preset: Preset, phase: Phase) -> float:
-    """10^12 operations that the networks need for one step of this phase: what a variant does in vain does not count."""
+    """10^12 operations that the networks need for one step of this phase: vain work does not count."""
     counts = tflop_per_image(preset)
     parts = [count for part, count in counts.items() if phase != "warmup" or not part.startswith("teacher")]
     return preset.batch * sum(parts)

@@ -11,7 +11,7 @@ from torch.autograd import DeviceType
 
 from benchmarks.step_cases import PHASES, Phase, Preset, Step, synthetic_batch, tflop_per_image
 
-PARTS = ("teacher x", "targets", "student", "losses", "backward", "optimizer", "average")
+PARTS = ("teacher x", "merging", "targets", "student", "losses", "backward", "optimizer", "average")
 """Beginnings of the labels; what lies outside of them is `other`."""
 STEPS = 3
 

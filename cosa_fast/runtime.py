@@ -20,6 +20,8 @@ class Runtime:
     device: torch.device
     bf16: bool
     compiles: bool
+    graphs: bool = False
+    """Replay what is compiled from CUDA graphs."""
     world: World = ALONE
     """This process among those that torchrun started."""
 
@@ -27,11 +29,20 @@ class Runtime:
         """bf16 autocast, or nothing."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.bf16 else nullcontext()
 
-    def compile(self, module: nn.Module) -> nn.Module:
-        """torch.compile `module` in place where that is on; its parameters and state dict stay as they are."""
+    def compile(self, module: nn.Module, whole: bool = False) -> nn.Module:
+        """torch.compile `module` in place where that is on; its parameters and state dict stay as they are.
+
+        Args:
+            whole: fail where the graph would break, instead of computing in pieces.
+        """
         if self.compiles:
-            module.compile(dynamic=False)
+            module.compile(dynamic=False, fullgraph=whole, mode="reduce-overhead" if self.graphs else None)
         return module
+
+    def begin_step(self) -> None:
+        """What the CUDA graphs gave in the step before may be overwritten from now on."""
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
 
 def resolve(config: RuntimeConfig, threads: int | None = None) -> Runtime:
@@ -61,7 +72,8 @@ def resolve(config: RuntimeConfig, threads: int | None = None) -> Runtime:
         device=device,
         world=world,
         bf16=config.precision == "bf16" or (config.precision == "auto" and on_cuda),
-        compiles=config.compile == "on" or (config.compile == "auto" and on_cuda),
+        compiles=config.compile in ("on", "graphs") or (config.compile == "auto" and on_cuda),
+        graphs=config.compile == "graphs" and on_cuda,
     )
 
 

@@ -150,13 +150,6 @@ def test_checkpoint_errors(tmp_path: Path) -> None:
         load_cosa(tmp_path / "other.safetensors")
 
 
-def test_networks_compile_without_a_graph_break(mini: CosaNet) -> None:
-    compiled = torch.compile(mini, fullgraph=True, dynamic=False, backend="eager")
-    for side in (32, 24, 48):  # the sizes of the assignment network's scales
-        images = torch.randn(1, 3, side, side)
-        torch.testing.assert_close(compiled(images).seg, mini(images).seg)
-
-
 def test_the_stem_folds_its_batch_norms_in_evaluation(mini: CosaNet) -> None:
     stem = mini.encoder.vit.patch_embed.backbone.double()
     images = torch.randn(4, 3, 32, 48, dtype=torch.float64)

@@ -87,5 +87,5 @@ class RuntimeConfig(Section):
     """auto, cpu, cuda, cuda:1 ..."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA, fp32 on CPU (bf16 there can be 80 times slower)."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile of the networks; auto: on with CUDA."""
+    compile: Literal["auto", "on", "off", "graphs"] = "auto"
+    """torch.compile of the networks; auto: on with CUDA. `graphs` replays CUDA graphs as well (not measured yet)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,8 +45,6 @@ class CosaNet(nn.Module):
         self.classifier = nn.Conv2d(dim, num_classes, 1, bias=False)
         self.aux_classifier = nn.Conv2d(dim, num_classes, 1, bias=False)
         self.decoder = large_fov(dim, config.decoder_dim, num_classes + 1, config.decoder_dilation)
-        # As the tokens lie in memory: otherwise each pass would bring its weights or its maps into another order.
-        self.decoder.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor, decode: bool = True) -> Outputs:
         """(B, 3, H, W) normalised images, H and W multiples of the encoder's stride; `decode`: segment them too."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from cosa_fast.models.cosa import CosaNet
 
@@ -38,7 +39,8 @@ def multi_scale(net: CosaNet, images: Tensor, scales: Sequence[float], flip: boo
     for scale in scales:
         size = tuple(max(1, round(side * scale / stride)) * stride for side in images.shape[-2:])
         scaled = images if size == tuple(images.shape[-2:]) else _resize(images, size)
-        outputs.append(net(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled))
+        with record_function(f"teacher x{scale:g}"):
+            outputs.append(net(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled))
     count = len(images)
     return MultiScale(
         cams=tuple(out.cams[:count] for out in outputs),

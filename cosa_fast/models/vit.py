@@ -73,7 +73,6 @@ class ConvStem(nn.Sequential):
             conv = nn.Conv2d(fan_in, fan_out, 3, stride=2, padding=1, bias=False)
             layers += [conv, nn.BatchNorm2d(fan_out), nn.ReLU(inplace=True)]
         super().__init__(*layers, nn.Conv2d(dim, dim, 1))
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, dim, H / 8, W / 8)."""

@@ -242,8 +242,8 @@ def _measure(trainer: CosaTrainer, validator: Validator, done: int) -> tuple[lis
 def make_trainer(net: CosaNet, settings: Settings, machine: Runtime, guidance: Guidance) -> CosaTrainer:
     """A trainer on its device, compiled where that is on, one of those of all processes."""
     trainer = CosaTrainer(net.to(machine.device), settings, machine, guidance).to(machine.device)
-    machine.compile(trainer.online)
-    machine.compile(trainer.assignment)
+    machine.compile(trainer.online, whole=True)
+    machine.compile(trainer.assignment, whole=True)
     return trainer
 
 

@@ -10,6 +10,7 @@ import torch
 from cosa_kernels import DynamicThreshold, csc_info_nce, seg_to_cam_loss
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
 from cosa_fast.assign import Assignments, assign
 from cosa_fast.config import AugmentConfig, CosaConfig, OptimConfig, TrainConfig
@@ -69,6 +70,7 @@ class CosaTrainer(nn.Module):
             whole batch.
         """
         train, optim = self.settings.train, self.settings.optim
+        self.runtime.begin_step()
         for group in self.optimizer.param_groups:
             group["lr"] = group["scale"] * poly_lr(iteration, optim.lr, train.iterations, optim.warmup, optim.power)
         parts = batch.split(train.accumulate)
@@ -83,16 +85,20 @@ class CosaTrainer(nn.Module):
             if isinstance(online, DistributedDataParallel) and part is not parts[-1]:
                 exchange = online.no_sync()  # only the sum of all parts' gradients is exchanged
             with exchange:
-                with self.runtime.autocast():
+                with record_function("student"), self.runtime.autocast():
                     outputs: Outputs = online(part.strong, decode=target is not None)
-                terms = self._losses(outputs, part, target, iteration)
-                terms["loss"].backward()
+                with record_function("losses"):
+                    terms = self._losses(outputs, part, target, iteration)
+                with record_function("backward"):
+                    terms["loss"].backward()
             for name, value in terms.items():
                 totals[name] = totals[name] + value.detach() if name in totals else value.detach()
-        if optim.clip > 0:
-            nn.utils.clip_grad_norm_(self.online.parameters(), optim.clip)
-        self.optimizer.step()
-        self._update_assignment(iteration)
+        with record_function("optimizer"):
+            if optim.clip > 0:
+                nn.utils.clip_grad_norm_(self.online.parameters(), optim.clip)
+            self.optimizer.step()
+        with record_function("average"):
+            self._update_assignment(iteration)
         return {**totals, "threshold": self.threshold.xi.clone()}
 
     def _distributed(self, decodes: bool) -> CosaNet | DistributedDataParallel:
@@ -114,20 +120,23 @@ class CosaTrainer(nn.Module):
         teacher.eval()
         stride = self.online.encoder.stride
         rows, columns = (side // stride for side in parts[0].strong.shape[-2:])
-        return make_targets(
-            [self._assign(teacher, part) for part in parts],
-            (self.threshold, self.aux_threshold),
-            (rows, columns),
-            config,
-            iteration >= self.settings.train.guidance_start,
-            self.runtime.world,
-        )
+        assignments = [self._assign(teacher, part) for part in parts]
+        with record_function("targets"):
+            return make_targets(
+                assignments,
+                (self.threshold, self.aux_threshold),
+                (rows, columns),
+                config,
+                iteration >= self.settings.train.guidance_start,
+                self.runtime.world,
+            )
 
     def _assign(self, teacher: CosaNet, part: Batch) -> Assignments:
         config = self.settings.cosa
         with self.runtime.autocast():
             views = multi_scale(teacher, part.weak, config.scales, config.flip)
-        return assign(_full_precision(views, part.labels.dtype), part, config)
+        with record_function("merging"):
+            return assign(_full_precision(views, part.labels.dtype), part, config)
 
     def _losses(self, outputs: Outputs, part: Batch, targets: Targets | None, iteration: int) -> dict[str, Tensor]:
         config, train = self.settings.cosa, self.settings.train
@@ -200,7 +209,7 @@ def build_optimizer(net: CosaNet, config: OptimConfig) -> torch.optim.AdamW:
     for parameter in encoder + heads:
         parameter.grad = torch.zeros_like(parameter)
     groups = [{"params": encoder, "scale": 1.0}, {"params": heads, "scale": config.head_lr_scale}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def _full_precision(views: MultiScale, dtype: torch.dtype) -> MultiScale:

@@ -1,0 +1,92 @@
+"""The benchmark of the training step at tiny sizes."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import step, step_cases
+from benchmarks.step import Options
+from benchmarks.step_cases import PRESETS, TINY, tflop, tflop_per_image
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """The benchmark sets them for its process."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(**changes: Any) -> Options:
+    return Options(**({"device": "cpu", "tiny": True, "turns": 2, "seconds": 0.0, "phases": ("guided",)} | changes))
+
+
+def test_operations_are_those_counted_by_hand() -> None:
+    counts = tflop_per_image(PRESETS["voc_b4"])
+    # An independent count of the release's step: 1.283 for the teacher, 0.498 for the student.
+    assert sum(counts.values()) == pytest.approx(1.781, abs=5e-4)
+    assert tflop(PRESETS["voc_b4"], "warmup") == pytest.approx(4 * 0.498, rel=1e-3)
+
+
+def test_the_csv_and_the_table_compare_with_the_release(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "step.csv"
+    step.run(tiny(csv=path))
+    with path.open(newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert {row["variant"] for row in rows} == {"fp32", "release"}
+    assert {row["metric"] for row in rows} == {"time_ms", "images_per_s", "tflop_per_s", "peak_share"}
+    assert all(float(row["p20"]) <= float(row["value"]) <= float(row["p80"]) for row in rows)
+    capsys.readouterr()
+    step.run(Options(device="cpu", csv=path, table=True))
+    assert "| minivoc | 2 | guided | fp32 |" in capsys.readouterr().out
+
+
+def test_nothing_is_measured_when_variants_disagree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    make = step_cases.make_step
+
+    def wrong(preset: Any, variant: Any, device: str) -> Any:
+        right = make(preset, variant, device)
+        return lambda *a: {name: value * (1.5 if variant == "bf16" else 1) for name, value in right(*a).items()}
+
+    monkeypatch.setattr(step, "make_step", wrong)
+    with pytest.raises(SystemExit, match=r"the first loss of bf16 is .* so nothing is measured"):
+        step.run(tiny(variants=("bf16",), csv=tmp_path / "step.csv"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_profile_names_the_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step.run(tiny(variants=("fp32",), profile=tmp_path))
+    out = capsys.readouterr().out
+    parts = (
+        "teacher x1",
+        "teacher x0.75",
+        "merging",
+        "targets",
+        "student",
+        "losses",
+        "backward",
+        "optimizer",
+        "average",
+    )
+    assert all(f"| {part} | " in out for part in (*parts, "other"))
+    assert (tmp_path / "minivoc_guided_fp32.json.gz").stat().st_size > 1000
+
+
+def test_impossible_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="sees no CUDA"):
+        step.run(Options(device="cuda"))
+    with pytest.raises(SystemExit, match="at least 1"):
+        step.run(Options(device="cpu", turns=0))
+
+
+def test_the_batches_are_what_a_loader_gives() -> None:
+    batch = step_cases.synthetic_batch(TINY["coco_b8"], "cpu")
+    for labels, present in zip(batch.labels, batch.present, strict=True):
+        assert labels.nonzero()[:, 0].tolist() == [label for label in present.tolist() if label >= 0]

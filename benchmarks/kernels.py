@@ -1,8 +1,8 @@
 """Time and memory of the losses, against what others would write: `python -m benchmarks.kernels`.
 
-Providers: `eager`, the formula in plain torch; `compile`, that under torch.compile; `ours`, cosa_kernels; `release`,
-the authors' way; `sklearn`, for the threshold. Nothing is timed before the results agree. benchmarks/README.md explains
-the columns.
+Providers: `eager`, the formula in plain torch; `compile`, that under torch.compile; `ours`, cosa_kernels; `full`, the
+same with maps of all classes, for the teacher's targets; `release`, the authors' way; `sklearn`, for the threshold.
+Nothing is timed before the results agree. benchmarks/README.md explains the columns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.operations import BUILD, Case, Inputs, build
 from benchmarks.plot_kernels import draw, read, table
 from benchmarks.shapes import SHAPES, Shape, Size
 
-Provider = Literal["eager", "compile", "ours", "release", "sklearn"]
+Provider = Literal["eager", "compile", "ours", "full", "release", "sklearn"]
 Row = dict[str, str]
 
 

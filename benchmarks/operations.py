@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import cosa_kernels
 import torch
 from cosa_kernels import reference
+from cosa_kernels.implementation import Impl
+from cosa_kernels.ops.dynamic_threshold import confidence_histogram
 from torch import Tensor
 
 from benchmarks import release
@@ -179,36 +181,67 @@ def csc_info_nce(shape: Shape, inputs: Inputs) -> Case:
 
 
 def teacher_targets(shape: Shape, inputs: Inputs) -> Case:
-    """CAMs merged at full resolution and segmentation pseudo-labels at the CAMs' resolution, from all views."""
-    present = inputs.present(shape)
+    """All that the teacher's views are for: the threshold's histogram, labels and their reliability, and the SPL.
+
+    `ours` merges the maps of the present classes and knows no others; `full` merges and reads (B, C, H, W).
+    """
+    present, box = inputs.present(shape), inputs.box(shape)
+    classes = _listed(present)
     cams, mirrored, unflipped = _views(shape, shape.classes, inputs)
     seg, seg_mirrored, seg_unflipped = _views(shape, shape.classes + 1, inputs)
+    xi = torch.tensor(THRESHOLD, device=inputs.device)
 
-    def targets(module: Any) -> tuple[Tensor, Tensor]:
-        merged = module.merge_cams(cams, mirrored, class_labels=present, size=shape.high)
+    def from_all_classes(impl: Impl) -> tuple[Tensor, Tensor, Tensor]:
+        merged = cosa_kernels.merge_cams(cams, mirrored, class_labels=present, size=shape.high, impl=impl)
+        return read(merged, None, impl)
+
+    def from_present_classes() -> tuple[Tensor, Tensor, Tensor]:
+        index = classes.clamp(min=0)[..., None, None]
+        few, few_mirrored = ([view.take_along_dim(index, dim=1) for view in views] for views in (cams, mirrored))
+        merged = cosa_kernels.merge_cams(few, few_mirrored, class_labels=classes >= 0, size=shape.high)
+        return read(merged, classes, "auto")
+
+    def read(merged: Tensor, names: Tensor | None, impl: Impl) -> tuple[Tensor, Tensor, Tensor]:
+        counts = confidence_histogram(merged, bins=BINS, valid_box=box, impl=impl)
+        _, perplexity = cosa_kernels.cam_pseudo_labels(merged, xi, classes=names, valid_box=box, impl=impl)
         views = [*seg, *seg_mirrored]
-        return merged, module.seg_pseudo_labels(views, present, size=shape.high, grid=shape.low)
+        spl = cosa_kernels.seg_pseudo_labels(views, present, size=shape.high, grid=shape.low, impl=impl)
+        # Its reciprocal is continuous at the threshold; the labels, made with it, would flip there with the rounding.
+        return counts.double(), perplexity.reciprocal(), spl
 
     def as_released() -> tuple[Tensor, Tensor]:
-        merged = release.merge_cams(cams, unflipped, present, shape.high)
+        labels = release.pseudo_labels(release.merge_cams(cams, unflipped, present, shape.high), present, box)
         probabilities = release.seg_pseudo_labels(seg, seg_unflipped, present, shape.high)
-        return merged, reference.upsample(probabilities, shape.low)
+        return labels, reference.upsample(probabilities, shape.low)
 
-    # I/O: of the CAMs' views read the present classes; write all classes at full resolution (zeros are part of the
-    # result). Of the segmentation's views read background and present classes; write all at low resolution.
-    # Exponentials: those of a softmax at the four pixels that each output of the low resolution mixes.
+    # I/O: of the CAMs' views read the present classes; write labels (one byte) and reliability of each pixel. Of the
+    # segmentation's views read background and present classes; write all at low resolution.
+    # Exponentials: a logarithm per pixel; those of a softmax at the four pixels that each output of the low resolution
+    # mixes.
     e = cams[0].element_size()
     shown = float(present.sum())
-    read = 2 * e * sum(view[0, 0].numel() for view in cams) * (2 * shown + shape.batch)
-    written = 4 * shape.high_pixels * shape.classes + 4 * shape.low_pixels * (shape.classes + 1)
-    exps = 4 * shape.low[0] * shape.low[1] * (shown + shape.batch)
+    taken = 2 * e * sum(view[0, 0].numel() for view in cams) * (2 * shown + shape.batch)
+    written = 5 * shape.high_pixels + 4 * shape.low_pixels * (shape.classes + 1)
+    exps = shape.high_pixels + 4 * shape.low[0] * shape.low[1] * (shown + shape.batch)
     return Case(
-        {"eager": lambda: targets(reference), "ours": lambda: targets(cosa_kernels), "release": as_released},
+        {
+            "eager": lambda: from_all_classes("reference"),
+            "ours": from_present_classes,
+            "full": lambda: from_all_classes("auto"),
+            "release": as_released,
+        },
         None,
-        {"forward": Work(read + written, exps)},
-        frozenset({"eager", "compile", "ours", "release"}),
-        results=("merged CAMs", "pseudo-labels"),
+        {"forward": Work(taken + written, exps)},
+        frozenset({"eager", "compile", "ours", "full"}),
+        results=("histogram", "reliability", "segmentation pseudo-labels"),
     )
+
+
+def _listed(present: Tensor) -> Tensor:
+    """(B, P) int64: the classes of a multi-hot (B, C), ascending, then -1."""
+    most = max(1, int(present.sum(dim=1).max()))
+    rows = [[*row.nonzero()[:, 0].tolist(), *[-1] * most][:most] for row in present]
+    return torch.tensor(rows, device=present.device)
 
 
 def seg_to_cam_loss(shape: Shape, inputs: Inputs) -> Case:

@@ -76,7 +76,7 @@ SHAPES: dict[str, dict[Size, list[Shape]]] = {
         "tiny": [TINY],
         "gate": [GATE, _batch_scope(GATE), WIDE],
     },
-    "teacher_targets": {"cpu": [VOC2], "cuda": [VOC16, COCO16], "tiny": [TINY], "gate": [GATE, WIDE]},
+    "teacher_targets": {"cpu": [VOC2, COCO2], "cuda": [VOC16, COCO16], "tiny": [TINY], "gate": [GATE, WIDE]},
     "seg_to_cam_loss": {"cpu": [VOC2], "cuda": [VOC16, COCO16], "tiny": [TINY], "gate": [GATE, WIDE]},
     # 100 batches of 2 images: the queue of confidences that the release refits at each step.
     "fit_bimodal_threshold": {

@@ -20,12 +20,13 @@ def classification_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def cam_targets(
-    cams: Sequence[Tensor], thresholds: Sequence[Tensor], valid_box: Tensor, config: CosaConfig
+    cams: Sequence[Tensor], present: Tensor, thresholds: Sequence[Tensor], valid_box: Tensor, config: CosaConfig
 ) -> tuple[Tensor, Tensor]:
     """What the segmentation is to learn from N kinds of CAMs (Eq. 3, 4), with weights that are not yet normalised.
 
     Args:
-        cams: main and auxiliary merged CAMs of the assignment network, (B, C, S, S) each.
+        cams: main and auxiliary merged CAMs of the assignment network, (B, P, S, S) each.
+        present: (B, P) the classes of these maps, then -1.
         thresholds: 0-d xi of each.
         valid_box: (B, 4), in pixels of `cams`.
         config: RAW and ignore-band switches.
@@ -38,12 +39,13 @@ def cam_targets(
         labels, perplexity = cam_pseudo_labels(
             maps,
             threshold,
+            classes=present,
             valid_box=valid_box,
             lambda_alpha=config.lambda_alpha,
             lambda_beta=config.lambda_beta,
         )
         if config.ignore_band is not None:
-            labels = banded_labels(maps, config.ignore_band, valid_box)
+            labels = banded_labels(maps, present, config.ignore_band, valid_box)
         targets.append(labels)
         weights.append(perplexity.reciprocal() if config.raw else torch.ones_like(perplexity))
     return torch.stack(targets), torch.stack(weights)
@@ -87,9 +89,17 @@ def cam_to_seg_loss(seg: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
 
 
 def contrast_regions(
-    cams: Tensor, threshold: Tensor, valid_box: Tensor, grid: tuple[int, int], config: CosaConfig
+    cams: Tensor, present: Tensor, threshold: Tensor, valid_box: Tensor, grid: tuple[int, int], config: CosaConfig
 ) -> tuple[Tensor, Tensor]:
-    """Regions for contrastive separation: labels and perplexity of (B, C, S, S) auxiliary CAMs at the tokens (Eq. 9).
+    """Regions for contrastive separation: labels and perplexity of auxiliary CAMs at the tokens (Eq. 9).
+
+    Args:
+        cams: (B, P, S, S) auxiliary CAMs.
+        present: (B, P) the classes of these maps, then -1.
+        threshold: 0-d xi.
+        valid_box: (B, 4), in pixels of `cams`.
+        grid: the tokens of a crop.
+        config: RAW's parameters.
 
     Returns:
         (B, *grid) uint8 labels, and perplexity; infinite where a position does not count.
@@ -98,6 +108,7 @@ def contrast_regions(
     return cam_pseudo_labels(
         small,
         threshold,
+        classes=present,
         valid_box=scale_box(valid_box, cams.shape[-1], grid[-1]),
         lambda_alpha=config.lambda_alpha,
         lambda_beta=config.lambda_beta,

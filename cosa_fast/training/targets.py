@@ -66,10 +66,12 @@ def make_targets(
     if guided and config.dynamic_threshold:
         _follow(parts, thresholds, world)
     main, aux = (threshold.xi for threshold in thresholds)
-    labelled = [cam_targets((part.cams, part.aux_cams), (main, aux), part.valid_box, config) for part in parts]
+    labelled = [
+        cam_targets((part.cams, part.aux_cams), part.present, (main, aux), part.valid_box, config) for part in parts
+    ]
     regions: list[tuple[Tensor, Tensor]] = []
     if guided and config.csc:
-        regions = [contrast_regions(part.aux_cams, aux, part.valid_box, grid, config) for part in parts]
+        regions = [contrast_regions(part.aux_cams, part.present, aux, part.valid_box, grid, config) for part in parts]
     totals = torch.stack([weight_totals(*pair, config.balance) for pair in labelled]).sum(dim=0)
     counts = [(perplexity <= config.epsilon).sum() for _, perplexity in regions]
     everything = torch.cat([totals.flatten(), *(count[None] for count in counts)]).double()

@@ -59,6 +59,14 @@ def test_bad_values_name_the_key_the_value_and_the_source(values: dict[str, obje
         config_from_mapping(values, "f.yaml")
 
 
+def test_processes_divide_the_batches() -> None:
+    assert config_from_mapping({"processes": 4}).processes == 4
+    with pytest.raises(ValueError, match=r"processes = 3 cannot share train.batch_size = 4: use one of 1, 2, 4$"):
+        config_from_mapping({"processes": 3})
+    with pytest.raises(ValueError, match=r"processes = 3 cannot share multistage.batch_size = 16: use"):
+        config_from_mapping({"processes": 3, "train": {"batch_size": 6}})
+
+
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(ValueError, match="iterations") as error:
         config_from_mapping({"train": {"iterations": 0}, "nonsense": 1})

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from cosa_fast.config.data import AugmentConfig, CocoConfig, DataConfig, LoaderConfig, MiniVocConfig, VocConfig
 from cosa_fast.config.results import EvalConfig, MultistageConfig, PseudoConfig, RuntimeConfig, StudiesConfig
@@ -25,7 +25,7 @@ class Config(Section):
     threads: Positive = 2
     """CPU threads of each stage. More than the idle cores of a shared machine makes it slower, not faster."""
     processes: Positive = 1
-    """Processes of each training, of the pseudo-labels and of the evaluation, with `threads` and a GPU each."""
+    """Processes, with `threads` and a GPU each, of trainings (they share each batch), pseudo-labels and evaluation."""
     data: DataConfig = DataConfig()
     voc: VocConfig = VocConfig()
     coco: CocoConfig = CocoConfig()
@@ -42,6 +42,18 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     studies: StudiesConfig = StudiesConfig()
     runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Config:
+        # Here too, so that a cluster's queue is not waited for in vain.
+        batches = {"train": self.train.batch_size, "multistage": self.multistage.batch_size}
+        for section, size in batches.items():
+            if size % self.processes:
+                possible = ", ".join(str(count) for count in range(1, size + 1) if size % count == 0)
+                raise ValueError(
+                    f"processes = {self.processes} cannot share {section}.batch_size = {size}: use one of {possible}"
+                )
+        return self
 
 
 def before_guidance(cosa: CosaConfig, model: ModelConfig) -> tuple[CosaConfig, ModelConfig]:

@@ -58,6 +58,7 @@ for command in sbatch scancel scontrol sinfo squeue srun; do
     chmod 755 "$folder/bin/$command"
 done
 
+trap '"$(dirname "$0")/stop.sh" "$folder"' ERR # what did start, if something else does not
 # --force: the folder may be below a world-writable /tmp.
 munged --force --key-file="$folder/munge/key" --socket="$folder/munge/socket" --seed-file="$folder/munge/seed" \
     --pid-file="$folder/munge/pid" --log-file="$folder/munge/log"
@@ -73,5 +74,4 @@ for _ in $(seq 60); do
     sleep 0.5
 done
 echo "the node is not idle after 30 s; the logs are in $folder" >&2
-"$(dirname "$0")/stop.sh" "$folder"
-exit 1
+false

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command on a bare machine: benchmarks/gpu.sh [--dry] [SECTION...]
-# Sections: versions tests sanitizer tune bench sweep profile; without any: all. Nothing has to be installed but torch,
+# Sections: versions tests sanitizer tune bench sweep profile loader; without any: all. Nothing has to be installed but torch,
 # triton and what `need` below asks for; missing packages can lie as wheels in .whl/ (benchmarks/README.md).
 # A section that fails or runs out of time does not stop the others; the summary comes last.
 #
 #   OUT     where results go (default: benchmarks/results/<gpu>; of a dry run a temporary folder)
 #   BUDGET  seconds for everything (default 570); a section gets its share of what is left
 #   PYTHON  the interpreter (default python3)
+#   IMAGES  folder of JPEG files for the section loader (default: MiniVOC is drawn)
 #
 # --dry, and any machine without a GPU: tiny sizes on the CPU, to see that the script works.
 set -uo pipefail
@@ -14,7 +15,7 @@ cd "$(dirname "$0")/.." || exit 1
 
 PYTHON=${PYTHON:-python3}
 BUDGET=${BUDGET:-570}
-ALL=(versions tests sanitizer tune bench sweep profile)
+ALL=(versions tests sanitizer tune bench sweep profile loader)
 
 dry=
 [ "${1:-}" = --dry ] && { dry=1; shift; }
@@ -149,6 +150,13 @@ profile() {
   local shapes=(--shapes voc_b16_aux)
   [ -n "$dry" ] && shapes=(--shapes tiny_aux)
   section profile 60 "$PYTHON" -m benchmarks.kernels --profile --ops raw_cross_entropy "${shapes[@]}" "${small[@]}"
+}
+
+loader() {
+  need loader nvidia.dali pydantic yaml torchvision PIL tyro tqdm || return
+  local how=(--device cuda --workers 2 8 --consume 200)
+  [ -n "$dry" ] && how=(--tiny --consume 200)
+  section loader 120 "$PYTHON" -m benchmarks.loader ${IMAGES:+--images "$IMAGES"} "${how[@]}" --csv "$OUT/loader.csv"
 }
 
 for name in "${sections[@]}"; do "$name"; done

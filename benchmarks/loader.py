@@ -1,23 +1,23 @@
-"""Images per second of the loading backends: `python -m benchmarks.loader --images DIR --count 2000 --crop 448`.
+"""The loading backends, per core and with all cores: `python -m benchmarks.loader --images DIR`.
 
-Every method delivers the same weak and strong views. `release` prepares them the way the authors' code does, in one
-loader process: whole image resized, mirrored, padded and cropped, then normalised in numpy. The methods take turns,
-so that other users of the machine disturb all of them alike; CPU time per image is steadier than images per second.
+Every method delivers the same weak and strong views, normalised. `release` prepares them the way the authors' code
+does, in one loader process: whole image resized, mirrored, padded and cropped, then normalised in numpy. The methods
+take turns, so that other users of the machine disturb all of them alike; CPU time per image is steadier than images per
+second. With `--consume` a step of fixed length follows each batch, and the share of the time spent waiting for the next
+is measured.
 """
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -41,6 +41,19 @@ WARM_UP = 4
 """Batches that are not timed."""
 
 
+PARTS: dict[str, dict[str, float]] = {
+    "all": {},
+    "none": {"blur": 0, "strong": 0},
+    "blur": {"strong": 0},
+    "operations": {"blur": 0},
+}
+"""Photometry that is left, and the settings that leave it."""
+
+Part = Literal["all", "none", "blur", "operations"]
+Method = tuple[Literal["release", "torch", "dali"], int, Part]
+"""Backend, DALI threads or loader processes, photometry."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Compare the loading backends."""
@@ -48,16 +61,22 @@ class Options:
     images: Path | None = None
     """Folder of JPEG files; without it MiniVOC images are drawn."""
     count: int = 2000
-    """Timed images per method, repeating the files as often as needed."""
+    """Images of the training split, the files repeated as often as needed; each method loads so many."""
     crop: int = 448
     batch_size: int = 8
-    workers: tuple[int, ...] = (1, 2)
+    workers: tuple[int, ...] = tuple(sorted({1, os.cpu_count() or 1}))
     """Numbers of DALI threads and of torch loader processes to compare."""
+    parts: tuple[Part, ...] = ("all",)
+    """Photometry to compare: everything; nothing; only the blur, in half of the images; only the nine operations."""
+    consume: float | None = None
+    """Images per second of the training's step, for the time spent waiting."""
     rounds: int = 5
     """Turns each method's images are split into."""
     device: Literal["cpu", "cuda"] = "cpu"
-    csv: Path = Path("benchmarks/results/cpu/loader.csv")
-    """Results are appended here."""
+    tiny: bool = False
+    """A few small images, to see that it works; the numbers mean nothing."""
+    csv: Path | None = None
+    """Results are appended here; default: benchmarks/results/MACHINE/loader.csv."""
 
 
 @dataclass(frozen=True)
@@ -96,65 +115,100 @@ class _ReleaseWay(Dataset[tuple[NDArray[np.float32], NDArray[np.float32]]]):
 def run(options: Options) -> None:
     """Time every method, print the table and append the CSV."""
     torch.set_num_threads(1)
+    if options.tiny:
+        options = replace(options, count=8, crop=32, batch_size=2, rounds=2, workers=(1,))
+    timed = options.count // (options.batch_size * options.rounds)
+    if timed == 0:
+        raise SystemExit(f"--count {options.count} is less than a batch of {options.batch_size} per round")
+    methods: list[Method] = []
+    for part in options.parts:
+        methods.append(("release", 1, part))
+        methods += [(name, workers, part) for workers in options.workers for name in ("torch", "dali")]
+    rows = []
     with _images(options) as index:
-        methods: dict[tuple[str, int], Callable[[], Iterator[Any]]] = {("release", 1): lambda: _release(index, options)}
-        for workers in options.workers:
-            for backend in ("torch", "dali"):
-                methods[backend, workers] = _backend(index, options, backend, workers)
-        timed = max(1, options.count // (options.batch_size * options.rounds))
-        rows = []
+        about = _about(options)
         turns = [(turn, method) for turn in range(options.rounds) for method in methods]
-        for turn, (name, workers) in tqdm(turns, disable=None):
-            seconds, cpu = _time(methods[name, workers], timed, options.device)
+        for turn, (name, workers, part) in tqdm(turns, disable=None):
+            iterator = _start(index, options, name, workers, part, turn * timed)
+            seconds, cpu, waiting = _time(iterator, timed, options)
             images = timed * options.batch_size
             rows.append(
-                {
+                about
+                | {
+                    "load_average": round(os.getloadavg()[0], 1),
                     "method": name,
                     "workers": workers,
+                    "photometry": part,
                     "turn": turn,
                     "images_per_s": round(images / seconds, 2),
                     "cpu_ms_per_image": round(1000 * cpu / images, 3),
+                    "kb_handed_over": round(_handed_over(name, options) / 1000, 1),
+                    "consume": options.consume,
+                    "waiting_percent": waiting and round(waiting, 2),
                 }
             )
-    _append(options, rows)
+    folder = common.ROOT / "benchmarks" / "results" / common.folder_name(options.device)
+    common.append_csv(options.csv or folder / "loader.csv", rows)
     print(_table(rows))
 
 
-def _backend(index: dataset.Index, options: Options, name: Any, workers: int) -> Callable[[], Iterator[Any]]:
-    return lambda: batches(
+def _start(
+    index: dataset.Index, options: Options, name: Any, workers: int, part: Part, iteration: int
+) -> Iterator[Any]:
+    augment = AugmentConfig.model_validate({"crop": options.crop, **PARTS[part]})
+    if name == "release":
+        return _release(index, augment, options, iteration)
+    return batches(
         index,
-        augment=AugmentConfig(crop=options.crop),
+        augment=augment,
         loader=LoaderConfig(backend=name, workers=workers),
         batch_size=options.batch_size,
         seed=0,
-        start=0,
+        start=iteration,
         device=torch.device(options.device),
     )
 
 
-def _release(index: dataset.Index, options: Options) -> Iterator[Any]:
+def _release(index: dataset.Index, augment: AugmentConfig, options: Options, iteration: int) -> Iterator[Any]:
     plan = Plan(
-        config=AugmentConfig(crop=options.crop),
+        config=augment,
         paths=tuple(str(index.image_path(image)) for image in index.train),
         sizes=np.array([(image.height, image.width) for image in index.train]),
         batch_size=options.batch_size,
         seed=0,
     )
-    for views in DataLoader(_ReleaseWay(plan), sampler=itertools.count(), batch_size=None, num_workers=1):
+    for views in DataLoader(_ReleaseWay(plan), sampler=itertools.count(iteration), batch_size=None, num_workers=1):
         yield tuple(view.to(options.device) for view in views)
 
 
-def _time(start: Callable[[], Iterator[Any]], timed: int, device: str) -> tuple[float, float]:
-    """Wall-clock and CPU seconds of `timed` batches in the steady state."""
-    with closing(start()) as iterator:  # type: ignore[type-var]  # a generator
+def _handed_over(name: str, options: Options) -> int:
+    """Bytes per image of both views as the workers leave them; none where DALI decodes on the GPU."""
+    if name == "dali" and options.device == "cuda":
+        return 0
+    return 2 * 3 * options.crop**2 * (1 if name == "torch" else 4)
+
+
+def _time(iterator: Iterator[Any], timed: int, options: Options) -> tuple[float, float, float | None]:
+    """Wall-clock and CPU seconds of `timed` batches in the steady state, and the percentage of a training's time spent
+    waiting for as many more."""
+    with closing(iterator):  # type: ignore[type-var]  # a generator
         for _ in range(WARM_UP):
             next(iterator)
         wall, cpu = time.perf_counter(), _cpu_seconds()
         for _ in range(timed):
             next(iterator)
-        if device == "cuda":
+        if options.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - wall, _cpu_seconds() - cpu
+        seconds, cpu = time.perf_counter() - wall, _cpu_seconds() - cpu
+        if options.consume is None:
+            return seconds, cpu, None
+        step, waited = options.batch_size / options.consume, 0.0
+        for _ in range(timed):
+            time.sleep(step)  # as a step on a GPU, it leaves the cores to the loader
+            wall = time.perf_counter()
+            next(iterator)
+            waited += time.perf_counter() - wall
+        return seconds, cpu, 100 * waited / (waited + timed * step)
 
 
 def _cpu_seconds() -> float:
@@ -172,15 +226,21 @@ def _images(options: Options) -> Iterator[dataset.Index]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.images
         if folder is None:
-            minivoc.generate(Path(temporary) / "minivoc", train=200, val=1, test=1)
+            minivoc.generate(Path(temporary) / "minivoc", train=min(200, options.count), val=1, test=1)
             folder = Path(temporary) / "minivoc" / "JPEGImages"
         files = sorted(folder.glob("*.jpg"))
         if not files:
             raise SystemExit(f"{folder} has no .jpg files: pass --images a folder of photographs")
-        entries = []
+        sizes = []
         for file in files:
             with Image.open(file) as image:
-                entries.append(dataset.Image(file.stem, file.name, image.width, image.height, labels=(0,)))
+                sizes.append(image.size)
+        entries = [
+            dataset.Image(f"{file.stem}_{number}", file.name, width, height, labels=(0,))
+            for number, (file, (width, height)) in zip(
+                range(options.count), itertools.cycle(zip(files, sizes, strict=True)), strict=False
+            )
+        ]
         yield dataset.Index(
             name=folder.name,
             format="voc",
@@ -193,34 +253,34 @@ def _images(options: Options) -> Iterator[dataset.Index]:
         )
 
 
-def _append(options: Options, rows: list[dict[str, Any]]) -> None:
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "machine": common.machine_name(options.device),
+def _about(options: Options) -> dict[str, Any]:
+    return common.record(options.device) | {
         "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        **{package: common.package_version(package) for package in ("torch", "pillow", "nvidia-dali-cuda130")},
+        **{package: common.package_version(package) for package in ("pillow", "nvidia-dali-cuda130")},
         "images": options.images or "minivoc",
+        "count": options.count,
         "crop": options.crop,
         "batch_size": options.batch_size,
-        "device": options.device,
     }
-    common.append_csv(options.csv, [about | row for row in rows])
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: median and range over the turns."""
+    """Markdown: medians over the turns, and the range of the images per second."""
     lines = [
-        "| method | workers | images/s (min to max) | CPU ms/image | images/s per busy core |",
-        "|---|---|---|---|---|",
+        "| method | workers | photometry | images/s (min to max) | CPU ms/image | images/s per core | kB handed over "
+        "| waiting % |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for name, workers in dict.fromkeys((row["method"], row["workers"]) for row in rows):
-        turns = [row for row in rows if (row["method"], row["workers"]) == (name, workers)]
+    methods = dict.fromkeys((row["method"], row["workers"], row["photometry"]) for row in rows)
+    for name, workers, part in methods:
+        turns = [row for row in rows if (row["method"], row["workers"], row["photometry"]) == (name, workers, part)]
         rate = sorted(row["images_per_s"] for row in turns)
         cpu = statistics.median(row["cpu_ms_per_image"] for row in turns)
-        median = statistics.median(rate)
+        waiting = [row["waiting_percent"] for row in turns if row["waiting_percent"] is not None]
         lines.append(
-            f"| {name} | {workers} | {median:.1f} ({rate[0]:.1f} to {rate[-1]:.1f}) | {cpu:.2f} | {1000 / cpu:.0f} |"
+            f"| {name} | {workers} | {part} | {statistics.median(rate):.1f} ({rate[0]:.1f} to {rate[-1]:.1f}) "
+            f"| {cpu:.2f} | {1000 / cpu:.0f} | {turns[0]['kb_handed_over']:.0f} "
+            f"| {f'{statistics.median(waiting):.1f}' if waiting else ''} |"
         )
     return "\n".join(lines)
 

@@ -372,3 +372,18 @@ def test_the_gpu_script_knows_its_sections(tmp_path: Path) -> None:
     result = gpu_script("--dry", "benchmark", out=tmp_path)
     assert result.returncode == 2
     assert "no section benchmark; there are: versions tests" in result.stderr
+
+
+def test_loaders(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    from benchmarks import loader
+
+    loader.run(loader.Options(tiny=True, parts=("all", "none"), consume=1000.0, csv=tmp_path / "loader.csv"))
+    with (tmp_path / "loader.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    assert len(rows) == 2 * 3 * 2  # parts, methods, turns
+    pixels = 2 * 3 * 32 * 32 / 1000
+    for row in rows:
+        assert float(row["images_per_s"]) > 0
+        assert 0 < float(row["waiting_percent"]) < 100
+        assert float(row["kb_handed_over"]) == pytest.approx(pixels * (1 if row["method"] == "torch" else 4), abs=0.1)

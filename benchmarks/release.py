@@ -7,10 +7,17 @@ modes in the mixture.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+if TYPE_CHECKING:  # on a bare GPU machine the losses are measured without what networks need
+    from cosa_fast.models.cosa import CosaNet
 
 IGNORED = 255
 BAND = (0.25, 0.7)
@@ -132,3 +139,29 @@ def fit_two_modes(values: Tensor, tolerance: float = 1e-5) -> float:
     upper = mixture.predict(grid) == int(mixture.means_.argmax())
     between = (grid[:, 0] > mixture.means_.min()) & (grid[:, 0] < mixture.means_.max())
     return float(grid[upper & between].min())
+
+
+def explicit_attention(net: CosaNet) -> CosaNet:
+    """A copy whose attention keeps each head's (N, N) softmax matrix."""
+    net = deepcopy(net)
+    for block in net.encoder.vit.blocks:
+        block.attn.fused_attn = False
+    return net
+
+
+@torch.no_grad()
+def segment(net: CosaNet, image: Tensor, scales: Sequence[float], flip: bool, size: tuple[int, int]) -> Tensor:
+    """(K, H, W) logits of one (1, 3, S, S) image: those of all views added at S x S, then resized to H x W.
+
+    Without the CAMs that the release's evaluation makes of the same passes.
+    """
+    side = image.shape[-2:]
+    total = image.new_zeros(())
+    for scale in scales:
+        scaled = F.interpolate(image, size=[int(scale * length) for length in side], mode="bilinear")
+        seg = net(torch.cat([scaled, scaled.flip(-1)]) if flip else scaled).seg
+        seg = F.interpolate(seg, size=side, mode="bilinear", align_corners=False)
+        total = total + seg[:1]
+        if flip:
+            total = total + seg[1:].flip(-1)
+    return F.interpolate(total, size=size, mode="bilinear", align_corners=False)[0]

@@ -306,7 +306,7 @@ def _row(case: Case, turns: Sequence[tuple[int, float, float]], provider: str) -
         "cpu_s_per_image": f"{statistics.median(cpu / count for count, _, cpu in turns):.4g}",
         "gflop_per_image": "",
         "first_pass_s": "",
-        "pictures": str(case.options.images or "random"),
+        "pictures": case.options.images.name if case.options.images else "random",
         "load_average": f"{os.getloadavg()[0]:.1f}",
     }
 

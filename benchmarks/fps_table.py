@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 Row = Mapping[str, str]
-CASE = ("device", "machine", "threads", "network", "views", "size", "pictures")
+CASE = ("device", "machine", "threads", "network", "views", "size")
 NAMES = {"voc": "CoSA, 20 classes", "coco": "CoSA, 80 classes", "resnet101": "CoSA-MS R101, 20 classes"}
 VIEWS = {"five": "five scales with mirror images", "single": "one scale"}
 PAPER = {"voc": (4.11, 1.82), "resnet101": (9.60, 2.36)}

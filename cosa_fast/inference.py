@@ -24,6 +24,7 @@ from cosa_fast.data.torch_loader import read_image
 from cosa_fast.models.cosa import CosaNet
 from cosa_fast.models.multi_scale import MultiScale, multi_scale
 from cosa_fast.models.segmenter import Segmenter
+from cosa_fast.models.vit import ConvStem
 from cosa_fast.runtime import Runtime
 from cosa_fast.transfer import to_device
 
@@ -134,18 +135,20 @@ def for_inference(net: CosaNet | Segmenter, runtime: Runtime, compiled: bool = F
     """Make a network that is not trained any more fast; its predictions stay the same up to rounding.
 
     With bf16 the weights that autocast would convert in every pass are converted once (bit for bit the same results).
-    On a GPU a convolutional network's weights lie as its tensor cores read them.
+    A convolutional network's weights lie as tensor cores and AMX read them, which in fp32 on a CPU gains nothing.
 
     Args:
         compiled: torch.compile the blocks of CoSA's encoder, once for each scale: 12 blocks share one compilation. Not
             for CoSA-MS, whose images come at their own sizes.
     """
     if runtime.bf16:
+        # A stem that folds its batch norms into its weights does that in fp32.
+        folded = [module for stem in net.modules() if isinstance(stem, ConvStem) for module in stem.modules()]
         for module in net.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
+            if isinstance(module, nn.Linear | nn.Conv2d) and module not in folded:
                 module.to(torch.bfloat16)
     if isinstance(net, Segmenter):
-        if runtime.device.type == "cuda":
+        if runtime.bf16 or runtime.device.type == "cuda":
             net.to(memory_format=torch.channels_last)
     elif compiled:
         for block in net.encoder.vit.blocks:

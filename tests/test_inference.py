@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from cosa_fast.bands import BAND_BYTES, bands
-from cosa_fast.config import ModelConfig, RuntimeConfig
+from cosa_fast.config import ModelConfig, MultistageConfig, RuntimeConfig
 from cosa_fast.data.index import Image, Index
 from cosa_fast.inference import (
     Prediction,
@@ -42,7 +42,7 @@ from cosa_fast.inference import (
 )
 from cosa_fast.models.cosa import CosaNet
 from cosa_fast.models.multi_scale import MultiScale
-from cosa_fast.models.segmenter import Segmenter
+from cosa_fast.models.segmenter import Segmenter, build_segmenter
 from cosa_fast.runtime import resolve
 from cosa_fast.transfer import to_device
 
@@ -363,3 +363,17 @@ def test_weights_in_bf16_are_what_autocast_makes_of_them(net: CosaNet) -> None:
     assert torch.equal(found.cams, expected.cams)
     for_inference(net, CPU)  # in fp32 nothing changes
     assert all(parameter.dtype == torch.float32 for parameter in net.parameters())
+
+
+def test_cosa_ms_in_bf16_reads_channels_last() -> None:
+    half = resolve(RuntimeConfig(device="cpu", precision="bf16"))
+    torch.manual_seed(0)
+    config = MultistageConfig(architecture="DeepLabV3Plus", encoder="tu-test_resnet", encoder_weights=None)
+    plain = build_segmenter(config, 4).eval()
+    converted = deepcopy(plain)
+    for_inference(converted, half)
+    kernels = [module.weight for module in converted.modules() if isinstance(module, nn.Conv2d)]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels)
+    images = torch.randn(2, 3, 50, 70)
+    expected, found = (predict_segmenter(net, images, (1.0, 0.5), True, half) for net in (plain, converted))
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)  # bf16 in another order of additions

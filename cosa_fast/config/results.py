@@ -88,4 +88,5 @@ class RuntimeConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 autocast on CUDA, fp32 on CPU (bf16 there can be 80 times slower)."""
     compile: Literal["auto", "on", "off", "graphs"] = "auto"
-    """torch.compile of the networks; auto: on with CUDA. `graphs` replays CUDA graphs as well (not measured yet)."""
+    """torch.compile of the networks; auto: on with CUDA, for evaluation and pseudo-labels from 10,000 images on.
+    `graphs` replays CUDA graphs of the training as well (not measured yet)."""

@@ -119,22 +119,25 @@ def gate(machine: Runtime) -> None:
     network = random_network("voc", tiny=True)
     assert isinstance(network, CosaCheckpoint)
     sizes = [(30, 52), (64, 64), (91, 33)]
+    tolerance = 1e-3 if machine.device.type == "cuda" else 1e-4
     pictures = [picture for _, picture in made_pictures(3, tuple(sizes))]
     for views in VIEWS.values():
         method = Method("voc", "ours", "", 3, "fp32", False, "none")
         ours = system(network, method, 64, machine)
         batch = ours.prepare([ours.pixels(picture) for picture in pictures], sizes)
         theirs = Release(network, machine.device)
-        with torch.inference_mode():
+        # TF32, which convolutions use by default, would differ by more between batches.
+        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
             logits, labels = list(ours.scores(batch, views)), ours.label_maps(batch, views)
         for slot, (size, got) in enumerate(zip(sizes, logits, strict=True)):
             image = batch.groups[0][1][slot : slot + 1]
-            expected = release.segment(theirs.net, image, views.scales, views.flip, size)
+            with torch.backends.cudnn.flags(allow_tf32=False):
+                expected = release.segment(theirs.net, image, views.scales, views.flip, size)
             error = float((got - expected).norm() / expected.norm())
             best = expected.topk(2, dim=0).values
-            clear = best[0] - best[1] > 1e-4 * expected.abs().amax()
+            clear = best[0] - best[1] > tolerance * expected.abs().amax()
             same = torch.equal(labels[slot][clear].int(), expected.argmax(dim=0)[clear].int())
-            if not (error < 1e-4 and same and float(clear.float().mean()) > 0.9):
+            if not (error < tolerance and same and float(clear.float().mean()) > 0.9):
                 raise SystemExit(
                     f"ours is wrong, so nothing is measured: at {size}, scales {views.scales}, the logits are "
                     f"{error:.1e} from the release's way, label maps {'equal' if same else 'differ'}"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command on a bare machine: benchmarks/gpu.sh [--dry] [SECTION...]
-# Sections: versions tests sanitizer tune bench sweep profile loader; without any: all. Nothing has to be installed but torch,
-# triton and what `need` below asks for; missing packages can lie as wheels in .whl/ (benchmarks/README.md).
+# Sections, without any all, in this order: correctness first, then the step, inference and data as a whole, then single
+# operations. Nothing has to be installed but torch, triton and what `need` below asks for; missing packages can lie as
+# wheels in .whl/ (benchmarks/README.md).
 # A section that fails or runs out of time does not stop the others; the summary comes last.
 #
 #   OUT     where results go (default: benchmarks/results/<gpu>; of a dry run a temporary folder)
@@ -15,7 +16,7 @@ cd "$(dirname "$0")/.." || exit 1
 
 PYTHON=${PYTHON:-python3}
 BUDGET=${BUDGET:-570}
-ALL=(versions tests sanitizer tune bench sweep profile loader)
+ALL=(versions tests modules step fps memory precision stages loader sanitizer tune bench sweep profile)
 
 dry=
 [ "${1:-}" = --dry ] && { dry=1; shift; }
@@ -110,6 +111,72 @@ tests() {
   local workers=()
   has xdist && workers=(-n 8)
   section tests 240 "$PYTHON" -m pytest tests/kernels -q -rfEs -p no:cacheprovider --durations=5 "${workers[@]}"
+}
+
+modules() {
+  need modules pytest pydantic yaml tyro timm torchvision torchmetrics segmentation_models_pytorch zarr || return
+  local files
+  mapfile -t files < <(grep -l 'mark\.gpu' tests/test_*.py)
+  local only=(-m gpu)
+  [ -n "$dry" ] && only=(-m gpu --collect-only)
+  section modules 120 "$PYTHON" -m pytest "${files[@]}" "${only[@]}" -q -rfEs -p no:cacheprovider
+}
+
+step() {
+  need step pydantic yaml tyro tqdm timm || return
+  section step 150 "$PYTHON" -m benchmarks.step --csv "$OUT/step.csv" "${small[@]}"
+  local how=(--presets voc_b4 --phases guided --variants release compiled_bf16)
+  [ -n "$dry" ] && how=(--device cpu --tiny --presets minivoc --phases guided --variants release fp32)
+  section step-profile 60 "$PYTHON" -m benchmarks.step --profile "$OUT/step" "${how[@]}"
+}
+
+fps() {
+  need fps pydantic yaml tyro tqdm timm segmentation_models_pytorch PIL || return
+  local crf=() how=(--threads 8)
+  has pydensecrf || crf=(--crf none)
+  [ -n "$dry" ] && how=("${small[@]}")
+  section fps 180 "$PYTHON" -m benchmarks.fps --csv "$OUT/fps.csv" --networks voc --precisions bf16 "${crf[@]}" "${how[@]}"
+  section fps-others 120 "$PYTHON" -m benchmarks.fps --csv "$OUT/fps.csv" --networks coco resnet101 --compile off --crf none \
+    "${how[@]}"
+}
+
+memory() {
+  need memory pydantic yaml tyro tqdm timm || return
+  local how=()
+  [ -n "$dry" ] && how=(--device cpu --tiny)
+  section memory 60 "$PYTHON" -m benchmarks.memory --csv "$OUT/memory.csv" "${how[@]}"
+}
+
+precision() {
+  need precision pydantic yaml tyro tqdm timm matplotlib || return
+  local how=()
+  [ -n "$dry" ] && how=(--device cpu --tiny --steps 8)
+  section precision 90 "$PYTHON" -m benchmarks.precision --output "$OUT" "${how[@]}"
+}
+
+# The pipeline's stages one after the other on the demo's dataset, without Snakemake; what they make stays in $OUT/stages.
+stages() {
+  need stages pydantic yaml tyro tqdm timm torchvision torchmetrics segmentation_models_pytorch zarr tensorboard || return
+  local config=config/config.yaml device=cuda
+  [ -n "$dry" ] && config=.test/config/config.yaml device=cpu
+  # shellcheck disable=SC2016
+  section stages 240 bash -ec '
+    stage() { "$0" -m cosa_fast.cli "$@" --threads 2; }
+    at=$1 config=(--config "$2") on=(--runtime.device "$3")
+    mkdir -p "$at"
+    stage data index --output "$at/index.json" --cache "$at/data" "${config[@]}"
+    stage data masks --index "$at/index.json" --output "$at/masks.json" --cache "$at/data"
+    stage train --index "$at/index.json" --masks "$at/masks.json" --output "$at/cosa.safetensors" --resume "$at/resume" \
+      "${config[@]}" "${on[@]}" --loader.backend torch
+    stage pseudo-labels --index "$at/index.json" --checkpoint "$at/cosa.safetensors" --output "$at/labels.zarr" \
+      "${config[@]}" "${on[@]}"
+    stage multistage --index "$at/index.json" --store "$at/labels.zarr" --output "$at/segmenter.safetensors" \
+      --resume "$at/resume-ms" "${config[@]}" "${on[@]}"
+    stage evaluate --index "$at/index.json" --masks "$at/masks.json" --checkpoint "$at/cosa.safetensors" \
+      --segmenter "$at/segmenter.safetensors" --store "$at/labels.zarr" --output "$at/miou.txt" --csv "$at/iou.csv" \
+      --panel "$at/panel.png" "${config[@]}" "${on[@]}"
+    head -n 12 "$at/miou.txt"
+  ' "$PYTHON" "$OUT/stages" "$config" "$device"
 }
 
 sanitizer() {

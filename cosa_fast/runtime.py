@@ -22,6 +22,8 @@ class Runtime:
     compiles: bool
     graphs: bool = False
     """Replay what is compiled from CUDA graphs."""
+    float8: bool = False
+    """Linear layers of the assignment network, while it is trained with, in float8."""
     world: World = ALONE
     """This process among those that torchrun started."""
 
@@ -49,7 +51,7 @@ def resolve(config: RuntimeConfig, threads: int | None = None) -> Runtime:
     """Choose the device, set the number of CPU threads and meet the other processes, if torchrun started some.
 
     Raises:
-        ValueError: the device does not exist here.
+        ValueError: the device does not exist here, or has no float8 where that is asked for.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -65,15 +67,18 @@ def resolve(config: RuntimeConfig, threads: int | None = None) -> Runtime:
     if device.type == "cuda":
         _check_gpus(config, device)
     on_cuda = device.type == "cuda"
+    if config.precision == "fp8" and not on_cuda:
+        raise ValueError("runtime.precision = 'fp8' needs a GPU of compute capability 8.9 or newer: use bf16 or fp32")
     world = join(device.type)
     if on_cuda and world.size > 1:
         device = torch.device("cuda", world.local_rank)
     return Runtime(
         device=device,
         world=world,
-        bf16=config.precision == "bf16" or (config.precision == "auto" and on_cuda),
+        bf16=config.precision in ("bf16", "fp8") or (config.precision == "auto" and on_cuda),
         compiles=config.compile in ("on", "graphs") or (config.compile == "auto" and on_cuda),
         graphs=config.compile == "graphs" and on_cuda,
+        float8=config.precision == "fp8",
     )
 
 

@@ -17,6 +17,7 @@ from cosa_fast.data.batch import Batch
 from cosa_fast.losses import dense_energy_loss, normalised_weights, weight_totals
 from cosa_fast.models.cosa import CosaNet
 from cosa_fast.runtime import resolve
+from cosa_fast.training import single_stage
 from cosa_fast.training.guidance import Guidance
 from cosa_fast.training.step import CosaTrainer, Settings
 
@@ -268,3 +269,24 @@ def test_bf16_autocast_step_is_close() -> None:
     batch = replace(batch, weak=batch.weak.float(), strong=batch.strong.float(), labels=batch.labels.float())
     one, two = exact.step(25, batch), rough.step(25, batch)
     assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=0.05)
+
+
+def test_float8_is_the_assignment_network_s_alone() -> None:
+    exact, rough = make_trainer().float(), make_trainer().float()
+    machine = replace(rough.runtime, float8=True)
+    rough = single_stage.make_trainer(rough.online, rough.settings, machine, rough.guidance)
+    exact.assignment.load_state_dict(exact.online.state_dict())
+    start = {name: value.clone() for name, value in rough.assignment.named_parameters()}
+    assert exact.state_dict().keys() == rough.state_dict().keys()
+    kinds = [{type(module).__name__ for module in net.modules()} for net in (rough.assignment, rough.online)]
+    assert ["Float8Linear" in kind for kind in kinds] == [True, False]
+    batch = make_batch()
+    batch = replace(batch, weak=batch.weak.float(), strong=batch.strong.float(), labels=batch.labels.float())
+    one, two = exact.step(25, batch), rough.step(25, batch)
+    assert float(two["cls"]) == float(one["cls"])
+    assert float(two["c2s"]) == pytest.approx(float(one["c2s"]), rel=0.05)
+    assert float(two["c2s"]) != float(one["c2s"])
+    # The average takes in the online network, whose weights it shares with no float8 copy.
+    online = dict(rough.online.named_parameters())
+    for name, value in rough.assignment.named_parameters():
+        torch.testing.assert_close(value, 0.9 * start[name] + 0.1 * online[name])

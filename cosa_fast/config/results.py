@@ -85,8 +85,9 @@ class RuntimeConfig(Section):
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 autocast on CUDA, fp32 on CPU (bf16 there can be 80 times slower)."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """auto: bf16 autocast on CUDA, fp32 on CPU, where bf16 is 80 times slower without AMX and several times faster with
+    it. `fp8`: bf16, and while CoSA trains the assignment network's linear layers in float8 (not measured yet)."""
     compile: Literal["auto", "on", "off", "graphs"] = "auto"
     """torch.compile of the networks; auto: on with CUDA, for evaluation and pseudo-labels from 10,000 images on.
     `graphs` replays CUDA graphs of the training as well (not measured yet)."""

@@ -206,15 +206,15 @@ def peak_memory(call: Callable[[], Tensor], leaf: Tensor | None, device: str) ->
     counter.
     """
     extra = {}
-    with _Peak(device) as peak, torch.no_grad():
+    with Peak(device) as peak, torch.no_grad():
         call()
     extra["forward"] = peak.mib
     if leaf is not None:
-        with _Peak(device) as peak:
+        with Peak(device) as peak:
             torch.autograd.grad(call(), leaf)
         extra["full"] = peak.mib
         value = call()
-        with _Peak(device) as peak:
+        with Peak(device) as peak:
             torch.autograd.grad(value, leaf)
         extra["backward"] = peak.mib
     return extra
@@ -230,13 +230,15 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).mallopt(mmap_threshold, 2**16)
 
 
-class _Peak:
+class Peak:
+    """How far memory rises while the context is entered, in MiB, counted as in `peak_memory`."""
+
     mib = math.nan
 
     def __init__(self, device: str) -> None:
         self.device = device
 
-    def __enter__(self) -> _Peak:
+    def __enter__(self) -> Peak:
         gc.collect()
         if self.device == "cuda":
             torch.cuda.synchronize()

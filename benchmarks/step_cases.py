@@ -53,12 +53,16 @@ class Preset:
     """Classes of the first, second, ... image, repeated: their number decides what merging and sharpening cost."""
     crop: int | None = None
     model: str | None = None
+    accumulate: int = 1
+    starts: tuple[int, int] = (PHASES["c2s"], PHASES["guided"])
+    """First iterations of c2s and of guidance."""
 
     @property
     def config(self) -> Config:
-        """The files', with the three phases one iteration after the other and without fetched weights."""
+        """The files', with the phases from `starts` on and without fetched weights."""
         config = load_config(*(common.ROOT / "config" / name for name in self.files))
-        train = {"c2s_start": PHASES["c2s"], "guidance_start": PHASES["guided"], "batch_size": self.batch}
+        train = {"c2s_start": self.starts[0], "guidance_start": self.starts[1]}
+        train |= {"batch_size": self.batch, "accumulate": self.accumulate}
         changes = {
             "train": config.train.model_copy(update=train),
             "augment": config.augment.model_copy(update={} if self.crop is None else {"crop": self.crop}),
@@ -121,12 +125,13 @@ def synthetic_batch(preset: Preset, device: str, seed: int = 0) -> Batch:
     return made.to(torch.device(device))
 
 
-def make_step(preset: Preset, variant: Variant, device: str) -> Step:
-    """A fresh training of the variant; every call gives the same."""
+def make_step(preset: Preset, variant: Variant, device: str, net: CosaNet | None = None) -> Step:
+    """A fresh training of the variant, of `preset.network()` if no other is given; every call gives the same."""
+    net = net or preset.network()
     if variant == "release":
-        return ReleaseStep(preset, device)
+        return ReleaseStep(preset, net.to(device))
     runtime = resolve(RuntimeConfig.model_validate({"device": device} | RUNTIMES[variant]))
-    return make_trainer(preset.network(), preset.settings, runtime, Guidance(preset.config.cosa.guidance)).step
+    return make_trainer(net, preset.settings, runtime, Guidance(preset.config.cosa.guidance)).step
 
 
 class ReleaseStep:
@@ -136,8 +141,8 @@ class ReleaseStep:
     not the paper's (`benchmarks.release`).
     """
 
-    def __init__(self, preset: Preset, device: str) -> None:
-        self.online = preset.network().to(device).train()
+    def __init__(self, preset: Preset, net: CosaNet) -> None:
+        self.online = net.train()
         for module in self.online.modules():
             if isinstance(module, Attention):
                 module.fused_attn = False  # type: ignore[misc]  # "Final" is for TorchScript

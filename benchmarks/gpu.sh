@@ -125,7 +125,7 @@ modules() {
 step() {
   need step pydantic yaml tyro tqdm timm || return
   section step 150 "$PYTHON" -m benchmarks.step --csv "$OUT/step.csv" "${small[@]}"
-  local how=(--presets voc_b4 --phases guided --variants release compiled_bf16)
+  local how=(--presets voc_b4 --phases guided --variants release bf16_compile)
   [ -n "$dry" ] && how=(--device cpu --tiny --presets minivoc --phases guided --variants release fp32)
   section step-profile 60 "$PYTHON" -m benchmarks.step --profile "$OUT/step" "${how[@]}"
 }
@@ -236,7 +236,12 @@ if [ -f "$OUT/kernels.csv" ] && has tyro; then
   "$PYTHON" -m benchmarks.kernels --table --csv "$OUT/kernels.csv" "${device[@]}" >"$OUT/kernels.md" 2>>"$log"
   echo "-- ms, graph ms, speed-up over eager, extra MiB of a whole step (all: $OUT/kernels.md)"
   # Of losses the whole step, of the others the only mode they have.
-  grep -E '\| full \||(teacher_targets|fit_bimodal_threshold) ' "$OUT/kernels.md" | cut -d '|' -f 2-9 | shorten 7000
+  grep -E '\| full \||(teacher_targets|fit_bimodal_threshold) ' "$OUT/kernels.md" | cut -d '|' -f 2-9 | shorten 5000
+fi
+if [ -f "$OUT/step.csv" ]; then
+  echo "-- the training step (all: $OUT/step.csv)"
+  "$PYTHON" -m benchmarks.step --table --csv "$OUT/step.csv" ${dry:+--device cpu} 2>>"$log" |
+    grep '^|' | cut -d '|' -f 2-12 | shorten 2500
 fi
 notable='^(FAILED|ERROR) |(ERROR|RACECHECK) SUMMARY|^[A-Za-z.]*(Error|Exception): |is wrong, so|[0-9] (passed|failed)'
 grep -E "$notable" "$log" | cut -c -300 | shorten 3000

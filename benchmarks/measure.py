@@ -145,11 +145,15 @@ def costs(
 
 
 @contextmanager
-def fresh_processes() -> Iterator[ProcessPoolExecutor]:
-    """Each task gets a process in which nothing has run yet. They start from one that has imported everything."""
+def fresh_processes(*modules: str) -> Iterator[ProcessPoolExecutor]:
+    """Each task gets a process in which nothing has run yet. They start from one that has imported everything.
+
+    Args:
+        modules: what it is to import besides the benchmark of the losses.
+    """
     context = multiprocessing.get_context("forkserver")
     # What the first call of an operator, and of scikit-learn, would import: seconds in each process.
-    context.set_forkserver_preload(["benchmarks.kernels", "torch._dynamo", "sklearn.mixture"])
+    context.set_forkserver_preload(["benchmarks.kernels", "torch._dynamo", "sklearn.mixture", *modules])
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool:
         yield pool
 

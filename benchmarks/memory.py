@@ -64,7 +64,7 @@ def run(options: Options) -> None:
         return
     machine = common.record(device)
     rows: list[dict[str, Any]] = []
-    with measure.fresh_processes() as pool:
+    with measure.fresh_processes("benchmarks.step_cases") as pool:
         for preset, variant in tqdm(list(_points(options)), disable=None):
             total, extra = _measured(preset, variant) if on_gpu else pool.submit(estimated, preset, variant).result()
             about = {"preset": preset.name.partition("_")[0], "batch": preset.batch, "accumulate": preset.accumulate}
@@ -91,21 +91,26 @@ class Count(TorchDispatchMode):
         super().__init__()
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
+        self.bound = 0
+        """At least the bytes alive: those that died since the last look are still in it."""
 
     @property
     def bytes(self) -> int:
         """Of what is alive now."""
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
-        return sum(size for _, size in self.alive.values())
+        self.bound = sum(size for _, size in self.alive.values())
+        return self.bound
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                reference = StorageWeakRef(storage)
-                self.alive[reference.cdata] = (reference, storage.nbytes())
-        self.peak = max(self.peak, self.bytes)
+                reference, size = StorageWeakRef(storage), storage.nbytes()
+                self.bound += size - self.alive.get(reference.cdata, (None, 0))[1]
+                self.alive[reference.cdata] = (reference, size)
+        if self.bound > self.peak:
+            self.peak = max(self.peak, self.bytes)
         return result
 
 
@@ -161,7 +166,7 @@ def _measured(preset: Preset, variant: Variant) -> tuple[float, float]:
 
 def _check(options: Options) -> None:
     print("| preset | batch | accumulate | variant | estimated MiB | measured MiB |\n|---|---|---|---|---|---|")
-    with measure.fresh_processes() as pool:
+    with measure.fresh_processes("benchmarks.step_cases") as pool:
         for preset, variant in _points(options):
             extra = pool.submit(estimated, preset, variant).result()[1]
             real = pool.submit(resident, preset, variant).result()

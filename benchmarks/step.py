@@ -28,7 +28,7 @@ WHERE = ("device", "machine", "threads", "torch")
 WHAT = ("preset", "batch", "phase", "variant", "commit")
 PEAK_TFLOP_S = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "RTX 3090": 71.0}
 """The vendors' figures for dense bf16 by a part of the GPU's name; elsewhere a large product is timed."""
-TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2}
+TOLERANCE = {"fp32": 1e-3, "bf16": 5e-2, "fp8": 1e-1}
 """Relative difference that the first loss may have from that of `fp32`."""
 
 
@@ -76,12 +76,13 @@ def run(options: Options) -> list[Row]:
     if options.device == "cpu":
         torch.set_num_threads(options.threads)
     rows: list[Row] = []
-    for preset, phase in tqdm(list(_points(options)), disable=None):
-        steps = _agreeing(preset, phase, options)
-        if options.profile is not None:
-            for variant, step in steps.items():
-                print(step_profile.profile(step, preset, phase, variant, options.device, options.profile))
-        elif not options.smoke:
+    for preset in tqdm(list(_presets(options)), disable=None):
+        steps = _agreeing(preset, options)
+        for phase in () if options.smoke else options.phases:
+            if options.profile is not None:
+                for variant, step in steps.items():
+                    print(step_profile.profile(step, preset, phase, variant, options.device, options.profile))
+                continue
             new = list(_measured(steps, preset, phase, options))
             common.append_csv(path, new)
             rows += new
@@ -105,38 +106,38 @@ def _resolved(options: Options) -> Options:
     return replace(options, device=device, presets=presets, variants=variants)
 
 
-def _points(options: Options) -> Iterator[tuple[Preset, Phase]]:
+def _presets(options: Options) -> Iterator[Preset]:
     for name in options.presets:
         preset = (TINY if options.tiny else PRESETS)[name]
-        for batch in options.batch_sizes or (preset.batch,):
-            yield from ((preset.with_batch(batch), phase) for phase in options.phases)
+        yield from (preset.with_batch(batch) for batch in options.batch_sizes or (preset.batch,))
 
 
-def _agreeing(preset: Preset, phase: Phase, options: Options) -> dict[Variant, Step]:
-    """A warmed-up step for each variant. One that cannot run here is left out and said so.
+def _agreeing(preset: Preset, options: Options) -> dict[Variant, Step]:
+    """A step for each variant, warmed up in all phases. One that cannot run here is left out and said so.
 
     Raises:
-        SystemExit: a first loss differs from that of `fp32`, which the release's does by design.
+        SystemExit: a phase's first loss differs from that of `fp32`, which the release's does by design.
     """
     batch = synthetic_batch(preset, options.device)
-    truth: float | None = None
+    truth: dict[Phase, float] = {}
     ready: dict[Variant, Step] = {}
     first: Variant = "fp32"
     for variant in (first, *(v for v in options.variants if v != first)):
         try:
             step = make_step(preset, variant, options.device)
-            loss = float(step(PHASES[phase], batch)["loss"])
-            for _ in range(2):  # CUDA graphs are recorded in the second
-                step(PHASES[phase], batch)
-        except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException) as error:
-            print(f"{preset.name} {phase}: {variant} left out, {type(error).__name__}: {str(error).splitlines()[0]}")
+            for phase in options.phases:
+                loss = float(step(PHASES[phase], batch)["loss"])
+                for _ in range(2):  # CUDA graphs are recorded in the second
+                    step(PHASES[phase], batch)
+                true = truth.setdefault(phase, loss)
+                if variant != "release" and not abs(loss - true) <= TOLERANCE[variant.partition("_")[0]] * abs(true):
+                    raise SystemExit(
+                        f"{preset.name} {phase}: the first loss of {variant} is {loss:.6g}, that of fp32 {true:.6g}, "
+                        "so nothing is measured"
+                    )
+        except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException, ValueError) as error:
+            print(f"{preset.name}: {variant} left out, {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
-        truth = loss if truth is None else truth
-        if variant != "release" and not abs(loss - truth) <= TOLERANCE[variant.partition("_")[0]] * abs(truth):
-            raise SystemExit(
-                f"{preset.name} {phase}: the first loss of {variant} is {loss:.6g}, that of fp32 {truth:.6g}, so "
-                "nothing is measured"
-            )
         if variant in options.variants:
             ready[variant] = step
     return ready

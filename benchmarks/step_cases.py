@@ -23,11 +23,10 @@ from cosa_fast.models.multi_scale import multi_scale
 from cosa_fast.runtime import resolve
 from cosa_fast.training.guidance import Guidance
 from cosa_fast.training.schedule import poly_lr
-from cosa_fast.training.single_stage import make_trainer
-from cosa_fast.training.step import Settings
+from cosa_fast.training.step import Settings, make_trainer
 
 Phase = Literal["warmup", "c2s", "guided"]
-Variant = Literal["release", "fp32", "bf16", "fp32_compile", "bf16_compile", "bf16_graphs"]
+Variant = Literal["release", "fp32", "bf16", "fp32_compile", "bf16_compile", "bf16_graphs", "fp8_compile"]
 Step = Callable[[int, Batch], dict[str, Tensor]]
 
 PHASES: dict[Phase, int] = {"warmup": 0, "c2s": 1, "guided": 2}
@@ -38,6 +37,7 @@ RUNTIMES: dict[Variant, dict[str, str]] = {
     "fp32_compile": {"precision": "fp32", "compile": "on"},
     "bf16_compile": {"precision": "bf16", "compile": "on"},
     "bf16_graphs": {"precision": "bf16", "compile": "graphs"},
+    "fp8_compile": {"precision": "fp8", "compile": "on"},
 }
 
 

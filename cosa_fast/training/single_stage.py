@@ -30,14 +30,13 @@ from cosa_fast.distributed import World
 from cosa_fast.files import require_space, sha256
 from cosa_fast.models.checkpoint import save_safetensors
 from cosa_fast.models.cosa import CosaNet
-from cosa_fast.models.fp8 import use_float8
 from cosa_fast.models.shared import normalises_over_batch, share_layers
 from cosa_fast.models.vit import parameter_count
-from cosa_fast.runtime import Runtime, resolve
+from cosa_fast.runtime import resolve
 from cosa_fast.training import loop
 from cosa_fast.training.guidance import Guidance
 from cosa_fast.training.oracle import oracle_masks
-from cosa_fast.training.step import CosaTrainer, Settings
+from cosa_fast.training.step import CosaTrainer, Settings, make_trainer
 from cosa_fast.training.validation import Thresholds, Validator, summary
 
 log = logging.getLogger(__name__)
@@ -238,22 +237,6 @@ def _measure(trainer: CosaTrainer, validator: Validator, done: int) -> tuple[lis
     shown = ", ".join(f"{record['network']} {100 * summary(record)['seg_free_miou']:.1f}" for record in records)
     log.info("validation at %d on %s: mIoU %s", done, validator.split, shown)
     return records, scalars
-
-
-def make_trainer(net: CosaNet, settings: Settings, machine: Runtime, guidance: Guidance) -> CosaTrainer:
-    """A trainer on its device, compiled where that is on, one of those of all processes.
-
-    Raises:
-        ValueError: float8 without an assignment network, or on a GPU that has none.
-    """
-    trainer = CosaTrainer(net.to(machine.device), settings, machine, guidance).to(machine.device)
-    if machine.float8:
-        if not settings.cosa.swap:
-            raise ValueError("runtime.precision = 'fp8' is for the assignment network, which cosa.swap = false has not")
-        use_float8(trainer.assignment)
-    machine.compile(trainer.online, whole=True)
-    machine.compile(trainer.assignment, whole=True)
-    return trainer
 
 
 def _check_sizes(net: CosaNet, augment: AugmentConfig, cosa: CosaConfig) -> None:

@@ -17,6 +17,7 @@ from cosa_fast.config import AugmentConfig, CosaConfig, OptimConfig, TrainConfig
 from cosa_fast.data.batch import Batch
 from cosa_fast.losses import cam_to_seg_loss, classification_loss, dense_energy_loss
 from cosa_fast.models.cosa import CosaNet, Outputs
+from cosa_fast.models.fp8 import use_float8
 from cosa_fast.models.multi_scale import MultiScale, multi_scale
 from cosa_fast.runtime import Runtime
 from cosa_fast.training.guidance import Guidance
@@ -199,6 +200,22 @@ class CosaTrainer(nn.Module):
         torch._foreach_lerp_(list(self.assignment.parameters()), list(self.online.parameters()), 1.0 - momentum)
         for theirs, ours in zip(self.assignment.buffers(), self.online.buffers(), strict=True):
             theirs.copy_(ours)
+
+
+def make_trainer(net: CosaNet, settings: Settings, machine: Runtime, guidance: Guidance) -> CosaTrainer:
+    """A trainer on its device, compiled where that is on, one of those of all processes.
+
+    Raises:
+        ValueError: float8 without an assignment network, or on a GPU that has none.
+    """
+    trainer = CosaTrainer(net.to(machine.device), settings, machine, guidance).to(machine.device)
+    if machine.float8:
+        if not settings.cosa.swap:
+            raise ValueError("runtime.precision = 'fp8' is for the assignment network, which cosa.swap = false has not")
+        use_float8(trainer.assignment)
+    machine.compile(trainer.online, whole=True)
+    machine.compile(trainer.assignment, whole=True)
+    return trainer
 
 
 def build_optimizer(net: CosaNet, config: OptimConfig) -> torch.optim.AdamW:

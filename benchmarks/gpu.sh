@@ -124,8 +124,10 @@ modules() {
 
 step() {
   need step pydantic yaml tyro tqdm timm || return
-  section step 150 "$PYTHON" -m benchmarks.step --csv "$OUT/step.csv" "${small[@]}"
-  local how=(--presets voc_b4 --phases guided --variants release bf16_compile)
+  local how=(--presets voc_b4 coco_b8 --variants release bf16 bf16_compile bf16_graphs fp8_compile)
+  [ -n "$dry" ] && how=("${small[@]}")
+  section step 300 "$PYTHON" -m benchmarks.step --csv "$OUT/step.csv" "${how[@]}"
+  how=(--presets voc_b4 --phases guided --variants release bf16_compile)
   [ -n "$dry" ] && how=(--device cpu --tiny --presets minivoc --phases guided --variants release fp32)
   section step-profile 60 "$PYTHON" -m benchmarks.step --profile "$OUT/step" "${how[@]}"
 }
@@ -143,7 +145,7 @@ fps() {
 memory() {
   need memory pydantic yaml tyro tqdm timm || return
   local how=()
-  [ -n "$dry" ] && how=(--device cpu --tiny)
+  [ -n "$dry" ] && how=(--device cpu --tiny --batch-sizes 2)
   section memory 60 "$PYTHON" -m benchmarks.memory --csv "$OUT/memory.csv" "${how[@]}"
 }
 

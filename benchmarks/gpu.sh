@@ -124,10 +124,13 @@ modules() {
 
 step() {
   need step pydantic yaml tyro tqdm timm || return
-  local how=(--presets voc_b4 coco_b8 --variants release bf16 bf16_compile bf16_graphs fp8_compile)
-  [ -n "$dry" ] && how=("${small[@]}")
-  section step 300 "$PYTHON" -m benchmarks.step --csv "$OUT/step.csv" "${how[@]}"
-  how=(--presets voc_b4 --phases guided --variants release bf16_compile)
+  # Every compilation takes a minute: what the goals are about first.
+  local voc=(--presets voc_b4 --phases guided --variants release fp32 bf16 bf16_compile)
+  local rest=(--presets voc_b4 coco_b8 --phases warmup guided --variants release bf16 bf16_compile bf16_graphs fp8_compile)
+  [ -n "$dry" ] && voc=("${small[@]}" --phases guided) rest=("${small[@]}")
+  section step 180 "$PYTHON" -m benchmarks.step --csv "$OUT/step.csv" "${voc[@]}"
+  section step-others 120 "$PYTHON" -m benchmarks.step --csv "$OUT/step.csv" "${rest[@]}"
+  local how=(--presets voc_b4 --phases guided --variants release bf16_compile)
   [ -n "$dry" ] && how=(--device cpu --tiny --presets minivoc --phases guided --variants release fp32)
   section step-profile 60 "$PYTHON" -m benchmarks.step --profile "$OUT/step" "${how[@]}"
 }

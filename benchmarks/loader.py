@@ -15,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -149,7 +149,7 @@ def run(options: Options) -> None:
             )
     folder = common.ROOT / "benchmarks" / "results" / common.folder_name(options.device)
     common.append_csv(options.csv or folder / "loader.csv", rows)
-    print(_table(rows))
+    print(table(rows))
 
 
 def _start(
@@ -264,9 +264,15 @@ def _about(options: Options) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: medians over the turns, and the range of the images per second."""
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown of the newest run: medians over the turns, and the range of the images per second."""
+    rows = [row for row in rows if row["date"] == rows[-1]["date"]]
+    first = rows[0]
     lines = [
+        f"{first['machine']}, {first['cores']} cores, load {first['load_average']}, {first['crop']} px, "
+        f"{first['count']} entries, Pillow {first['pillow']}, DALI {first['nvidia-dali-cuda130']}, "
+        f"torch {first['torch']}, {first['date'][:10]}.",
+        "",
         "| method | workers | photometry | images/s (min to max) | CPU ms/image | images/s per core | kB handed over "
         "| waiting % |",
         "|---|---|---|---|---|---|---|---|",
@@ -274,12 +280,12 @@ def _table(rows: list[dict[str, Any]]) -> str:
     methods = dict.fromkeys((row["method"], row["workers"], row["photometry"]) for row in rows)
     for name, workers, part in methods:
         turns = [row for row in rows if (row["method"], row["workers"], row["photometry"]) == (name, workers, part)]
-        rate = sorted(row["images_per_s"] for row in turns)
-        cpu = statistics.median(row["cpu_ms_per_image"] for row in turns)
-        waiting = [row["waiting_percent"] for row in turns if row["waiting_percent"] is not None]
+        rate = sorted(float(row["images_per_s"]) for row in turns)
+        cpu = statistics.median(float(row["cpu_ms_per_image"]) for row in turns)
+        waiting = [float(row["waiting_percent"]) for row in turns if row["waiting_percent"] not in (None, "")]
         lines.append(
             f"| {name} | {workers} | {part} | {statistics.median(rate):.1f} ({rate[0]:.1f} to {rate[-1]:.1f}) "
-            f"| {cpu:.2f} | {1000 / cpu:.0f} | {turns[0]['kb_handed_over']:.0f} "
+            f"| {cpu:.2f} | {1000 / cpu:.0f} | {float(turns[0]['kb_handed_over']):.0f} "
             f"| {f'{statistics.median(waiting):.1f}' if waiting else ''} |"
         )
     return "\n".join(lines)

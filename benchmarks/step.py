@@ -75,6 +75,8 @@ def run(options: Options) -> list[Row]:
         return []
     if options.device == "cpu":
         torch.set_num_threads(options.threads)
+    # Each preset and variant compiles the same functions anew; the limit, 8, is meant for one of them.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     rows: list[Row] = []
     for preset in tqdm(list(_presets(options)), disable=None):
         steps = _agreeing(preset, options)

@@ -55,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started = time.perf_counter()
         logger.info("%s: started (cosa-fast %s, threads %d)", chosen.command, __version__, stage.threads)
         stage.run()
+        if PROCESSES > 1 and "cosa_fast.distributed" in sys.modules:
+            # Not after an error: the others wait for this process, which has to end for torchrun to end them.
+            sys.modules["cosa_fast.distributed"].leave()
         logger.info("%s: finished in %s, %s", chosen.command, _duration(time.perf_counter() - started), _peak_memory())
     except BadFlag as error:
         _let_the_first_speak()
@@ -70,9 +73,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         logger.exception("%s: failed unexpectedly; please report this", name)
         return 1
-    finally:
-        if PROCESSES > 1 and "cosa_fast.distributed" in sys.modules:
-            sys.modules["cosa_fast.distributed"].leave()
     return 0
 
 

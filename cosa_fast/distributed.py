@@ -102,6 +102,8 @@ def _together() -> Iterator[None]:
     """A failed exchange as what it means: the processes fail one by one, and only the first one to do so knows why."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         raise ValueError("another process of this run ended early or hangs: its own message says why") from error
 

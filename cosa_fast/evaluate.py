@@ -86,7 +86,7 @@ def evaluate(
     cosa = load_cosa(checkpoint, evaluation.network, machine.device)
     require_same_classes(cosa.classes, checkpoint, dataset, index)
     images = sum(len(dataset.splits[split]) for split in splits)
-    compiled = worth_compiling(runtime, machine, images // world.size)
+    compiled = worth_compiling(runtime, machine, images)
     for_inference(cosa.net, machine, compiled)
     standalone = labels = None
     if segmenter is not None:

@@ -145,7 +145,8 @@ def for_inference(net: CosaNet | Segmenter, runtime: Runtime, compiled: bool = F
         # A stem that folds its batch norms into its weights does that in fp32.
         folded = [module for stem in net.modules() if isinstance(stem, ConvStem) for module in stem.modules()]
         for module in net.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d) and module not in folded:
+            # Not what is derived from them and does more with its weights.
+            if type(module) in (nn.Linear, nn.Conv2d) and module not in folded:
                 module.to(torch.bfloat16)
     if isinstance(net, Segmenter):
         if runtime.bf16 or runtime.device.type == "cuda":

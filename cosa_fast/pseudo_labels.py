@@ -73,7 +73,7 @@ def write_pseudo_labels(
     network = load_cosa(checkpoint, "assignment", machine.device)
     require_same_classes(network.classes, checkpoint, dataset, index)
     images = dataset.train
-    compiled = worth_compiling(runtime, machine, len(images) // machine.world.size)
+    compiled = worth_compiling(runtime, machine, len(images))
     for_inference(network.net, machine, compiled)
     pixels = sum(image.width * image.height for image in images)
     require_space(output.parent, int(BYTES_PER_PIXEL * pixels), "the pseudo-label store")

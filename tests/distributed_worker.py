@@ -32,7 +32,7 @@ from cosa_fast.runtime import resolve
 from cosa_fast.training import single_stage
 from cosa_fast.training.guidance import Guidance
 from cosa_fast.training.multi_stage import train_segmenter
-from cosa_fast.training.step import Settings
+from cosa_fast.training.step import Settings, make_trainer
 
 STEPS, IMAGES, CLASSES, CROP = 50, 4, 3, 48
 VIT = {"name": "test_vit", "aux_norm": True, "aux_block": 2}
@@ -88,9 +88,14 @@ def whole_batch(iteration: int, dtype: torch.dtype) -> Batch:
     return Batch(weak, strong, labels, present, box, torch.arange(IMAGES))
 
 
-def train(case: str) -> dict[str, Tensor]:
-    """Every step's loss terms, averaged over processes, the thresholds and the final weights."""
-    model, cosa, parts, dtype = CASES[case]
+def train(case: str, parts: int | None = None) -> dict[str, Tensor]:
+    """Every step's loss terms, averaged over processes, the thresholds and the final weights.
+
+    Args:
+        parts: of a process's share, other than the case's.
+    """
+    model, cosa, of_case, dtype = CASES[case]
+    parts = parts or of_case
     machine = resolve(RuntimeConfig(device="cpu"), threads=1)
     world = machine.world
     torch.manual_seed(0)
@@ -102,7 +107,7 @@ def train(case: str) -> dict[str, Tensor]:
     )
     net = CosaNet(ModelConfig(decoder_dim=8, decoder_dilation=1, **model), CLASSES, CROP, pretrained=False).to(dtype)
     share_layers(net, world, machine.device)
-    trainer = single_stage.make_trainer(net, settings, machine, Guidance(settings.cosa.guidance))
+    trainer = make_trainer(net, settings, machine, Guidance(settings.cosa.guidance))
     trainer.to(dtype)
     curves: dict[str, list[Tensor]] = {}
     for iteration in range(STEPS):

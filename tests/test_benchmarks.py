@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import cosa_kernels
 import pytest
@@ -18,7 +20,7 @@ import torch
 from cosa_kernels import reference
 from torch import Tensor
 
-from benchmarks import common, kernels, measure, plot_kernels, release, shapes, tune
+from benchmarks import common, kernels, measure, plot_kernels, release, shapes, step_cases, tune
 from benchmarks.kernels import Options
 from benchmarks.operations import BUILD, Inputs, build
 
@@ -366,6 +368,17 @@ def test_a_dry_run_of_the_gpu_script(tmp_path: Path) -> None:
     assert "| versions | ok |" in result.stdout
     assert "| tune | not run, it needs a GPU | 0 |" in result.stdout
     assert f"torch {version('torch')}" in (tmp_path / "out/gpu.log").read_text()
+
+
+def test_the_gpu_script_names_what_there_is() -> None:
+    """What a dry run does not run: the arguments for a GPU."""
+    script = (ROOT / "benchmarks/gpu.sh").read_text()
+    for module in set(re.findall(r"-m (benchmarks\.\w+)", script)):
+        assert importlib.util.find_spec(module) is not None, module
+    for word in " ".join(re.findall(r"--variants ((?:\w+ ?)+)", script)).split():
+        assert word in get_args(step_cases.Variant), word
+    for word in " ".join(re.findall(r"--phases ((?:\w+ ?)+)", script)).split():
+        assert word in step_cases.PHASES, word
 
 
 def test_the_gpu_script_knows_its_sections(tmp_path: Path) -> None:

@@ -48,6 +48,15 @@ def test_two_processes_with_two_images_are_one_with_four(folder: Path, case: str
     assert losses[5:8].mean() < losses[:3].mean()  # there was something to agree on
 
 
+def test_parts_one_after_the_other_are_the_whole_batch() -> None:
+    whole, parts = worker.train("release", parts=1), worker.train("release", parts=4)
+    contrasted, halves = worker.train("paper", parts=1), worker.train("paper", parts=2)
+    for one, two in ((whole, parts), (contrasted, halves)):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
 def test_stages_end_with_the_same_files(folder: Path) -> None:
     worker.stages(folder, folder / "alone")
     names = [sorted(path.name for path in (folder / who).iterdir()) for who in ("alone", "together")]

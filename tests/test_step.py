@@ -17,7 +17,7 @@ from cosa_fast.data.batch import Batch
 from cosa_fast.losses import dense_energy_loss, normalised_weights, weight_totals
 from cosa_fast.models.cosa import CosaNet
 from cosa_fast.runtime import resolve
-from cosa_fast.training import single_stage
+from cosa_fast.training import step
 from cosa_fast.training.guidance import Guidance
 from cosa_fast.training.step import CosaTrainer, Settings
 
@@ -274,7 +274,7 @@ def test_bf16_autocast_step_is_close() -> None:
 def test_float8_is_the_assignment_network_s_alone() -> None:
     exact, rough = make_trainer().float(), make_trainer().float()
     machine = replace(rough.runtime, float8=True)
-    rough = single_stage.make_trainer(rough.online, rough.settings, machine, rough.guidance)
+    rough = step.make_trainer(rough.online, rough.settings, machine, rough.guidance)
     exact.assignment.load_state_dict(exact.online.state_dict())
     start = {name: value.clone() for name, value in rough.assignment.named_parameters()}
     assert exact.state_dict().keys() == rough.state_dict().keys()

@@ -46,13 +46,19 @@ class Config(Section):
     @model_validator(mode="after")
     def _divisible(self) -> Config:
         # Here too, so that a cluster's queue is not waited for in vain.
-        batches = {"train": self.train.batch_size, "multistage": self.multistage.batch_size}
-        for section, size in batches.items():
+        sizes = {"train": self.train.batch_size, "multistage": self.multistage.batch_size}
+        for section, size in sizes.items():
             if size % self.processes:
                 possible = ", ".join(str(count) for count in range(1, size + 1) if size % count == 0)
                 raise ValueError(
                     f"processes = {self.processes} cannot share {section}.batch_size = {size}: use one of {possible}"
                 )
+        share = self.train.batch_size // self.processes
+        if share % self.train.accumulate:
+            raise ValueError(
+                f"train.accumulate = {self.train.accumulate} cannot divide the {share} images of each process: use one "
+                f"of {', '.join(str(count) for count in range(1, share + 1) if share % count == 0)}"
+            )
         return self
 
 

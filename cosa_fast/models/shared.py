@@ -15,7 +15,7 @@ from cosa_fast.distributed import World
 def share_layers(net: nn.Module, world: World, device: torch.device) -> None:
     """Let batch norm and dropout in `net` do, in place, what they would do to the whole batch in one process.
 
-    Parameters stay the same objects, under the same names.
+    Parameters stay the same objects, under the same names. On GPUs torch's SyncBatchNorm waits for the device.
 
     Raises:
         ValueError: a batch norm of another kind than nn.BatchNorm2d on the CPU.
@@ -23,7 +23,7 @@ def share_layers(net: nn.Module, world: World, device: torch.device) -> None:
     if world.size == 1:
         return
     for module in net.modules():
-        if type(module) in _DRAWING:
+        if type(module) in _DRAWING and getattr(module, "p", getattr(module, "drop_prob", 0.0)) > 0:
             module.__class__ = _DRAWING[type(module)]
     if device.type == "cuda":
         convert_sync_batchnorm(net)

@@ -179,7 +179,8 @@ def _save(path: Path, fingerprint: Mapping[str, Any], state: Mapping[str, Statef
         "iteration": iteration,
         "state": {key: part.state_dict() for key, part in state.items()},
         "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # One: of several processes each has its own GPU, and all draw from the same state.
+        "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
     def write(target: Path) -> None:
@@ -235,8 +236,8 @@ def _restore(saved: dict[str, Any], state: Mapping[str, Stateful]) -> int:
     for key, part in state.items():
         part.load_state_dict(saved["state"][key])
     torch.set_rng_state(saved["rng"])
-    if saved["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["cuda_rng"])
+    if saved["cuda_rng"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(saved["cuda_rng"])
     return int(saved["iteration"])
 
 

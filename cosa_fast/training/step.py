@@ -19,6 +19,7 @@ from cosa_fast.losses import cam_to_seg_loss, classification_loss, dense_energy_
 from cosa_fast.models.cosa import CosaNet, Outputs
 from cosa_fast.models.fp8 import use_float8
 from cosa_fast.models.multi_scale import MultiScale, multi_scale
+from cosa_fast.models.shared import normalises_over_batch
 from cosa_fast.runtime import Runtime
 from cosa_fast.training.guidance import Guidance
 from cosa_fast.training.schedule import ema_momentum, poly_lr
@@ -188,8 +189,10 @@ class CosaTrainer(nn.Module):
 
     def _energy(self, seg: Tensor, targets: Targets, part: Batch) -> Tensor:
         augment = self.settings.augment
-        mean, std = (part.strong.new_tensor(values).view(1, 3, 1, 1) for values in (augment.mean, augment.std))
-        return dense_energy_loss(seg, 255.0 * (part.strong * std + mean), targets.labels[0], part.valid_box)
+        # Numbers of Python's: a tensor of them would be copied to the device, and waited for.
+        channels = zip(part.strong.unbind(dim=1), augment.mean, augment.std, strict=True)
+        pixels = torch.stack([255.0 * (channel * std + mean) for channel, mean, std in channels], dim=1)
+        return dense_energy_loss(seg, pixels, targets.labels[0], part.valid_box)
 
     @torch.no_grad()
     def _update_assignment(self, iteration: int) -> None:
@@ -213,8 +216,10 @@ def make_trainer(net: CosaNet, settings: Settings, machine: Runtime, guidance: G
         if not settings.cosa.swap:
             raise ValueError("runtime.precision = 'fp8' is for the assignment network, which cosa.swap = false has not")
         use_float8(trainer.assignment)
-    machine.compile(trainer.online, whole=True)
-    machine.compile(trainer.assignment, whole=True)
+    # Batch norm that waits for other processes breaks the graph.
+    whole = machine.world.size == 1 or not any(map(normalises_over_batch, net.modules()))
+    machine.compile(trainer.online, whole)
+    machine.compile(trainer.assignment, whole)
     return trainer
 
 

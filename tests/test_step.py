@@ -183,7 +183,7 @@ def test_each_switch_changes_its_own_term_only() -> None:
     assert set(full) - set(terms(make_trainer(guidance="none"))) == {"s2c"}
     assert set(full) - set(terms(make_trainer(csc=False))) == {"csc"}
     unweighted = terms(make_trainer(raw=False))
-    assert unweighted["c2s"] != pytest.approx(full["c2s"], rel=1e-4)
+    assert unweighted["c2s"] != pytest.approx(full["c2s"], rel=1e-3)
     assert unweighted["s2c"] == full["s2c"]
     fixed = make_trainer(dynamic_threshold=False)
     terms(fixed)

@@ -87,7 +87,8 @@ class RuntimeConfig(Section):
     """auto, cpu, cuda, cuda:1 ..."""
     precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     """auto: bf16 autocast on CUDA, fp32 on CPU, where bf16 is up to 80 times slower without AMX; with it inference of a
-    ViT-B is 3 to 4 times faster, a step of the demo a tenth slower. `fp8`: bf16, and while CoSA trains the assignment network's linear layers in float8 (not measured yet)."""
+    ViT-B is 3 to 4 times faster, a step of the demo a tenth slower. `fp8`: bf16, and while CoSA trains the assignment
+    network's linear layers in float8 (not measured yet)."""
     compile: Literal["auto", "on", "off", "graphs"] = "auto"
     """torch.compile of the networks; auto: on with CUDA, for evaluation and pseudo-labels from 10,000 images on.
     `graphs` replays CUDA graphs of the training as well (not measured yet)."""

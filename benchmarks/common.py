@@ -12,6 +12,7 @@ import platform
 import re
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -60,6 +61,13 @@ def folder_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", machine_name(device).lower()).strip("-") if device == "cuda" else "cpu"
 
 
+def results_folder(device: str, tiny: bool = False) -> Path:
+    """Where results go unless told otherwise: those of a tiny run, which mean nothing, into a temporary folder."""
+    if tiny:
+        return Path(tempfile.mkdtemp(prefix="benchmark-"))
+    return ROOT / "benchmarks/results" / folder_name(device)
+
+
 def package_version(package: str) -> str:
     try:
         return version(package)
@@ -68,12 +76,18 @@ def package_version(package: str) -> str:
 
 
 def commit() -> str:
-    """What git calls the code; "unknown" outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    """What git calls the code, "-dirty" if it is changed (results aside); "unknown" outside a checkout."""
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        name, changes = (
+            subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (
+                ["git", "describe", "--always", "--exclude", "*"],
+                ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"],
+            )
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return f"{name}-dirty" if changes else name
 
 
 def record(device: str) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from cosa_fast.config import AugmentConfig, CosaConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from cosa_fast.data.batch import Batch
-from cosa_fast.distributed import leave
+from cosa_fast.distributed import leave, requested
 from cosa_fast.models.cosa import CosaNet
 from cosa_fast.runtime import resolve
 from cosa_fast.training.guidance import Guidance
-from cosa_fast.training.single_stage import make_trainer
-from cosa_fast.training.step import Settings
+from cosa_fast.training.step import Settings, make_trainer
 
 CROP = 64
 PHASES = {"warm-up": 0, "assignments": 3, "guided": 6}
@@ -26,7 +25,13 @@ PHASES = {"warm-up": 0, "assignments": 3, "guided": 6}
 
 
 def main() -> None:
-    """Print a line per data set and phase."""
+    """Print a line per data set and phase.
+
+    Raises:
+        SystemExit: it is the only process.
+    """
+    if requested() == 1:
+        raise SystemExit(f"one process exchanges nothing: {__doc__.splitlines()[0].partition(': ')[2]}")
     machine = resolve(RuntimeConfig(device="cpu"), threads=1)
     for dataset, classes in {"voc": 20, "coco": 80}.items():
         torch.manual_seed(0)

@@ -59,8 +59,11 @@ class Options:
     """Measure inference as a whole."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    networks: tuple[Literal["voc", "coco", "resnet101"], ...] = ("voc", "coco", "resnet101")
-    """CoSA (ViT-B/16) with 20 or 80 classes; CoSA-MS (DeepLabV3+ on ResNet-101) with 20. Random weights."""
+    networks: tuple[Literal["voc", "coco", "resnet101"], ...] = ()
+    """CoSA (ViT-B/16) with 20 or 80 classes; CoSA-MS (DeepLabV3+ on ResNet-101) with 20. Random weights.
+
+    Without any: all, unless there is a checkpoint; of a tiny run the first.
+    """
     checkpoint: Path | None = None
     """CoSA's, of the `train` stage: measured too."""
     segmenter: Path | None = None
@@ -104,7 +107,7 @@ def run(options: Options) -> list[Row]:
         SystemExit: impossible options, or results that disagree.
     """
     options = _resolved(options)
-    path = options.csv or common.ROOT / f"benchmarks/results/{common.folder_name(options.device)}/fps.csv"
+    path = options.csv or common.results_folder(options.device, options.tiny) / "fps.csv"
     if options.table:
         print(table(read(path)))
         return []
@@ -146,9 +149,13 @@ def _resolved(options: Options) -> Options:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = device == "cuda"
+    networks = options.networks
+    if not networks and options.checkpoint is None and options.segmenter is None:
+        networks = ("voc",) if options.tiny else ("voc", "coco", "resnet101")
     return replace(
         options,
         device=device,
+        networks=networks,
         precisions=options.precisions or (("bf16", "fp32") if on_gpu else ("fp32",)),
         compile=options.compile or (("off", "on") if on_gpu else ("off",)),
         size=64 if options.tiny else options.size,

@@ -18,6 +18,7 @@ PYTHON=${PYTHON:-python3}
 BUDGET=${BUDGET:-570}
 ALL=(versions tests modules step fps memory precision stages loader sanitizer tune bench sweep profile)
 
+case "${1:-}" in -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit ;; esac
 dry=
 [ "${1:-}" = --dry ] && { dry=1; shift; }
 nvidia-smi >/dev/null 2>&1 || dry=1

@@ -147,8 +147,8 @@ def run(options: Options) -> None:
                     "waiting_percent": waiting and round(waiting, 2),
                 }
             )
-    folder = common.ROOT / "benchmarks" / "results" / common.folder_name(options.device)
-    common.append_csv(options.csv or folder / "loader.csv", rows)
+    path = options.csv or common.results_folder(options.device, options.tiny) / "loader.csv"
+    common.append_csv(path, rows)
     print(table(rows))
 
 

@@ -58,7 +58,7 @@ def run(options: Options) -> None:
     """Print the table, and append it to the CSV."""
     on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
     device = "cuda" if on_gpu else "cpu"
-    path = options.csv or common.ROOT / "benchmarks/results" / common.folder_name(device) / "memory.csv"
+    path = options.csv or common.results_folder(device, options.tiny) / "memory.csv"
     if options.check:
         _check(options)
         return

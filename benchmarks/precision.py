@@ -44,7 +44,7 @@ def run(options: Options) -> str:
     device = options.device if options.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     preset = (TINY if options.tiny else PRESETS)[options.preset]
     curves = {name: _trained(name, preset, device, options) for name in RUNS}
-    folder = options.output or common.ROOT / "benchmarks/results" / common.folder_name(device)
+    folder = options.output or common.results_folder(device, options.tiny)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "precision.csv").open("w", newline="") as handle:
         writer = csv.writer(handle)

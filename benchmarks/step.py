@@ -69,7 +69,7 @@ def run(options: Options) -> list[Row]:
         SystemExit: impossible options, or variants that disagree.
     """
     options = _resolved(options)
-    path = options.csv or common.ROOT / "benchmarks/results" / common.folder_name(options.device) / "step.csv"
+    path = options.csv or common.results_folder(options.device, options.tiny) / "step.csv"
     if options.table:
         print(table(read(path)))
         return []

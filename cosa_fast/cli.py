@@ -6,6 +6,7 @@ import argparse
 import ctypes
 import dataclasses
 import inspect
+import json
 import logging
 import os
 import resource
@@ -53,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("OMP_NUM_THREADS", str(stage.threads))
         started = time.perf_counter()
-        logger.info("%s: started (cosa-fast %s, threads %d)", chosen.command, __version__, stage.threads)
+        processes = f"{PROCESSES} processes with " if PROCESSES > 1 else ""
+        logger.info("%s: started (cosa-fast %s, %sthreads %d)", chosen.command, __version__, processes, stage.threads)
         stage.run()
         if PROCESSES > 1 and "cosa_fast.distributed" in sys.modules:
             # Not after an error: the others wait for this process, which has to end for torchrun to end them.
@@ -61,10 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logger.info("%s: finished in %s, %s", chosen.command, _duration(time.perf_counter() - started), _peak_memory())
     except BadFlag as error:
         _let_the_first_speak()
+        _tell_torchrun(f"{name}: error: {error}")
         logger.error("%s: error: %s\nFor full helptext, run %s --help", name, error, name)
         return 2
     except (ValueError, OSError) as error:
         _let_the_first_speak()
+        _tell_torchrun(f"{name}: error: {error}")
         logger.error("%s: error: %s", name, error, exc_info=os.environ.get("COSA_FAST_DEBUG") == "1")
         return 1
     except KeyboardInterrupt:
@@ -90,6 +94,14 @@ def _let_the_first_speak() -> None:
     """Mostly the first process has the same error to tell; then torchrun ends this one before it repeats it."""
     if RANK > 0:
         time.sleep(3)
+
+
+def _tell_torchrun(text: str) -> None:
+    """Torchrun closes with a report of its own, which shows as the root cause what stands in this file."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        about = {"message": text, "extraInfo": {"py_callstack": text, "timestamp": str(int(time.time()))}}
+        Path(path).write_text(json.dumps({"message": about}))
 
 
 def _top_level(words: list[str]) -> int:

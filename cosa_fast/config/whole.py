@@ -53,11 +53,16 @@ class Config(Section):
                 raise ValueError(
                     f"processes = {self.processes} cannot share {section}.batch_size = {size}: use one of {possible}"
                 )
-        share = self.train.batch_size // self.processes
-        if share % self.train.accumulate:
+        share, parts = self.train.batch_size // self.processes, self.train.accumulate
+        if share % parts:
             raise ValueError(
-                f"train.accumulate = {self.train.accumulate} cannot divide the {share} images of each process: use one "
-                f"of {', '.join(str(count) for count in range(1, share + 1) if share % count == 0)}"
+                f"train.accumulate = {parts} cannot divide train.batch_size = {self.train.batch_size} with processes = "
+                f"{self.processes}: use one of {', '.join(str(n) for n in range(1, share + 1) if share % n == 0)}"
+            )
+        if parts > 1 and self.model.name == "mini_vit":
+            raise ValueError(
+                f"train.accumulate = {parts}, but model.name = 'mini_vit' has batch norm, whose statistics would be a "
+                "part's, not the batch's: set it to 1"
             )
         return self
 

@@ -348,6 +348,11 @@ def test_launch_configurations_are_changed_and_restored(monkeypatch: pytest.Monk
     assert module.TILE == 4
 
 
+def test_tiny_results_are_not_kept_with_the_others() -> None:
+    assert common.results_folder("cpu") == ROOT / "benchmarks/results/cpu"
+    assert ROOT not in common.results_folder("cpu", tiny=True).parents
+
+
 def test_the_gpu_script_parses() -> None:
     subprocess.run(["bash", "-n", ROOT / "benchmarks/gpu.sh"], check=True)
 

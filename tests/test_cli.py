@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import re
 import resource
@@ -256,3 +257,12 @@ def test_a_process_of_torchrun_ends_with_it_even_by_kill_9() -> None:
         process.kill()
         process.stdout.read()  # until nobody holds its other end
         assert time.monotonic() - began < 30
+
+
+def test_torchrun_learns_why_a_process_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    words = ["--index", str(tmp_path / "none.json"), "--output", str(tmp_path / "o"), "--cache", str(tmp_path / "c")]
+    assert cli.main(["data", "masks", *words]) == 1
+    text = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
+    assert text.startswith("cosa-fast data masks: error: ")
+    assert "none.json" in text

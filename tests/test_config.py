@@ -67,6 +67,14 @@ def test_processes_divide_the_batches() -> None:
         config_from_mapping({"processes": 3, "train": {"batch_size": 6}})
 
 
+def test_parts_divide_what_each_process_has() -> None:
+    assert config_from_mapping({"processes": 2, "train": {"accumulate": 2}}).train.accumulate == 2
+    with pytest.raises(ValueError, match=r"accumulate = 4 cannot divide .* with processes = 2: use one of 1, 2$"):
+        config_from_mapping({"processes": 2, "train": {"accumulate": 4}})
+    with pytest.raises(ValueError, match=r"accumulate = 2, but model.name = 'mini_vit' has batch norm"):
+        config_from_mapping({"model": {"name": "mini_vit"}, "train": {"accumulate": 2}})
+
+
 def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(ValueError, match="iterations") as error:
         config_from_mapping({"train": {"iterations": 0}, "nonsense": 1})

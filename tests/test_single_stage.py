@@ -214,3 +214,13 @@ def test_a_warm_up_of_other_settings_is_refused(index: Path, tmp_path: Path) -> 
 def test_validation_needs_masks(index: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"validation.every = 5 needs masks"):
         run(index, tmp_path, validation={"every": 5})
+
+
+def test_a_finished_training_started_again_says_so(
+    index: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING"):
+        first = digest(run(index, tmp_path))
+        assert "is finished" not in caplog.text
+        assert digest(run(index, tmp_path)) == first
+    assert f"{tmp_path / 'cosa.safetensors'} is finished: training anew" in caplog.text

@@ -144,6 +144,12 @@ def run(
         world.wait()
 
 
+def say_if_finished(output: Path, folder: Path, world: World) -> None:
+    """Warn that a training whose result `output` is there, and no state to go on with, begins anew and replaces it."""
+    if world.first and output.exists() and not (folder / "state.pt").exists():
+        log.warning("%s is finished: training anew, it will be replaced (interrupt now to keep it)", output)
+
+
 def publish(folder: Path, output: Path) -> None:
     """Make a run's folder, state and logs, the origin of other runs: it becomes the folder `output`.
 

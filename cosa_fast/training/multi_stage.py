@@ -87,6 +87,7 @@ def train_segmenter(
     _check_batch_size(net, multistage, machine.world)
     share_layers(net, machine.world, machine.device)
     require_space(output.parent, 3 * 4 * parameter_count(net), "the checkpoint")
+    loop.say_if_finished(output, resume, machine.world)
     log.info(
         "CoSA-MS on %s: %s with %s, %d images, %.1f M parameters, %s",
         dataset.name, multistage.architecture, multistage.encoder, len(labels), parameter_count(net) / 1e6,

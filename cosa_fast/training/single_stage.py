@@ -123,6 +123,7 @@ def train(
             warmup, run.fingerprint | {key: part.model_dump(mode="json") for key, part in early.items()}
         )
     require_space(output.parent, 3 * 4 * parameter_count(run.trainer.online), "the checkpoint")
+    loop.say_if_finished(output, resume, run.trainer.runtime.world)
     run.loop(until=train.iterations, origin=origin)
     trainer = run.trainer
     if not trainer.runtime.world.first:

@@ -122,7 +122,10 @@ def test_the_command_line(made: Path, tmp_path: Path) -> None:
 
 
 def test_a_failing_process_leaves_the_former_store(made: Path, tmp_path: Path) -> None:
-    """The last image, of the second process, is broken: one message, no half store, and the former one is whole."""
+    """The last image, of the second process, is broken: no half store, and the former one is whole.
+
+    The message stands once on a line of its own, and once more as the cause in torchrun's report.
+    """
     write_masks(write_dataset(tmp_path, train=20, val=0))
     index = Index.load(tmp_path / "index.json")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
@@ -139,7 +142,9 @@ def test_a_failing_process_leaves_the_former_store(made: Path, tmp_path: Path) -
         "--runtime.device", "cpu",
     )  # fmt: skip
     assert done.returncode != 0
-    assert done.stderr.count("cosa-fast pseudo-labels: error: cannot decode") == 1, done.stderr
+    message = "cosa-fast pseudo-labels: error: cannot decode"
+    assert [line.startswith(message) for line in done.stderr.splitlines() if message in line] == [True, False]
+    assert f"traceback : {message}" in done.stderr.split("Root Cause (first observed failure):")[1]
     assert "failed unexpectedly" not in done.stderr
     assert contents(results) == {"store.zarr/former": b"whole"}
     assert [path.name for path in results.iterdir()] == ["store.zarr"]

@@ -63,8 +63,10 @@ class MiniViT(VisionTransformer):
 class ConvStem(nn.Sequential):
     """Three stride-2 convolutions and a projection: stride 8.
 
-    Its maps are the largest of the network, so they are channels last, ReLU works in place, and in evaluation the batch
-    norms are part of the convolutions: half the time on a CPU.
+    Its maps are the largest of the network, so ReLU works in place, and in evaluation the batch norms are part of the
+    convolutions, channels last: half the time on a CPU. In training that order would save a sixth, but torch's batch
+    norm of such maps on a CPU adds up float32 one by one: its means are off by 50 times as much, and once that turns
+    the sign of a value before ReLU, gradients are off by 3e-3 of their size instead of 5e-6.
     """
 
     def __init__(self, dim: int) -> None:
@@ -76,9 +78,9 @@ class ConvStem(nn.Sequential):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, dim, H / 8, W / 8)."""
-        x = images.contiguous(memory_format=torch.channels_last)
         if self.training:
-            return cast(Tensor, super().forward(x))
+            return cast(Tensor, super().forward(images))
+        x = images.contiguous(memory_format=torch.channels_last)
         *blocks, projection = self
         for conv, norm, activation in zip(blocks[::3], blocks[1::3], blocks[2::3], strict=True):
             x = activation(_folded(x, conv, norm))

@@ -15,7 +15,7 @@ import cosa_kernels
 import torch
 from cosa_kernels import reference
 from cosa_kernels.implementation import Impl
-from cosa_kernels.ops.dynamic_threshold import confidence_histogram
+from cosa_kernels.ops.confidence_histogram import confidence_histogram
 from torch import Tensor
 
 from benchmarks import release

@@ -3,7 +3,8 @@
 from cosa_kernels.modules import CSCInfoNCELoss, RAWCrossEntropyLoss, SegToCAMLoss, UpsampleCrossEntropyLoss
 from cosa_kernels.ops.cam_pseudo_labels import cam_pseudo_labels
 from cosa_kernels.ops.csc_info_nce import csc_info_nce
-from cosa_kernels.ops.dynamic_threshold import DynamicThreshold, fit_bimodal_threshold
+from cosa_kernels.ops.dynamic_threshold import DynamicThreshold
+from cosa_kernels.ops.fit_bimodal_threshold import fit_bimodal_threshold
 from cosa_kernels.ops.merge_cams import merge_cams
 from cosa_kernels.ops.raw_cross_entropy import raw_cross_entropy
 from cosa_kernels.ops.seg_to_cam_loss import seg_pseudo_labels, seg_to_cam_loss

@@ -22,7 +22,14 @@ from typing import Any
 
 import torch
 import triton
-from cosa_kernels.gpu import cam_pseudo_labels, csc_info_nce, dynamic_threshold, merge_cams, upsample_cross_entropy
+from cosa_kernels.gpu import (
+    cam_pseudo_labels,
+    confidence_histogram,
+    csc_info_nce,
+    fit_bimodal_threshold,
+    merge_cams,
+    upsample_cross_entropy,
+)
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -134,12 +141,12 @@ def _threshold(everything: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     sizes = [2**power for power in range(2, 11)] if everything else (4, 256, 1024)
     for bins, dtype in itertools.product(sizes, (torch.float32, torch.int64)):
         arguments = (torch.zeros(bins, dtype=dtype), 0.0, 1.0, 60, 50)
-        yield f"fit {bins} {dtype}", functools.partial(dynamic_threshold.fit, *arguments)
+        yield f"fit {bins} {dtype}", functools.partial(fit_bimodal_threshold.fit, *arguments)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for bins, dtype, boxed in itertools.product(sizes, dtypes, (True, False)):
         cams, box = torch.empty(2, 20, 64, 64, dtype=dtype), torch.zeros(2, 4, dtype=torch.int64)
         arguments = (cams, box if boxed else None, bins, 0.0, 1.0, 0.0)
-        yield f"count {bins} {dtype} {boxed=}", functools.partial(dynamic_threshold.count, *arguments)
+        yield f"count {bins} {dtype} {boxed=}", functools.partial(confidence_histogram.count, *arguments)
 
 
 def compile_all(target: GPUTarget, everything: bool) -> dict[str, Any]:

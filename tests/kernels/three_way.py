@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,6 +60,15 @@ def compare(
         assert got <= allowed, (
             f"{what}: relative error {got:.2e}, the reference in {dtype} and rounding allow {allowed:.2e}"
         )
+
+
+def bimodal(seed: int, low: float, high: float, share: float, count: int = 40_000) -> np.ndarray:
+    """Values in (0, 1): a background around `low`, and a share of foreground around `high`."""
+    rng = np.random.default_rng(seed)
+    background = rng.normal(low, 0.07, int(count * (1 - share)))
+    foreground = rng.normal(high, 0.12, count - len(background))
+    values = np.concatenate([background, foreground])
+    return values[(values > 0) & (values < 1)]
 
 
 class LargestTensor(TorchDispatchMode):

@@ -127,11 +127,11 @@ def gate(machine: Runtime) -> None:
         batch = ours.prepare([ours.pixels(picture) for picture in pictures], sizes)
         theirs = Release(network, machine.device)
         # TF32, which convolutions use by default, would differ by more between batches.
-        with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             logits, labels = list(ours.scores(batch, views)), ours.label_maps(batch, views)
         for slot, (size, got) in enumerate(zip(sizes, logits, strict=True)):
             image = batch.groups[0][1][slot : slot + 1]
-            with torch.backends.cudnn.flags(allow_tf32=False):
+            with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 expected = release.segment(theirs.net, image, views.scales, views.flip, size)
             error = float((got - expected).norm() / expected.norm())
             best = expected.topk(2, dim=0).values

@@ -9,8 +9,10 @@ from torch import Tensor
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy on a GPU that the host does not wait for; `values` itself on the CPU."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+    """A copy on a GPU that the host does not wait for; `values` itself on the CPU, or if it is on a GPU already."""
+    if device.type != "cuda" or values.is_cuda:
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 def to_host(values: Tensor) -> Callable[[], Tensor]:
@@ -20,7 +22,7 @@ def to_host(values: Tensor) -> Callable[[], Tensor]:
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()
-    copied.record()
+    copied.record(torch.cuda.current_stream(values.device))
 
     def arrived() -> Tensor:
         copied.synchronize()

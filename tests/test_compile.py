@@ -102,7 +102,7 @@ def test_a_step_never_asks_for_a_value(phase: Any) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("variant", ["fp32", "bf16_compile", "bf16_graphs"])
+@pytest.mark.parametrize("variant", ["fp32", "bf16_compile", "bf16_graphs", "fp8_compile"])
 def test_a_step_never_waits_for_the_gpu(variant: Any) -> None:
     step, batch = make_step(TINY["voc_b4"], variant, "cuda"), synthetic_batch(TINY["voc_b4"], "cuda")
     for phase in PHASES.values():

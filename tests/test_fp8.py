@@ -104,6 +104,21 @@ def test_a_whole_network_stays_close(name: str) -> None:
         assert 0 < (true - got).norm() / true.norm() < 0.1, what
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_gpu_computes_what_the_cpu_emulates(bias: bool) -> None:
+    """But for the result's bfloat16, and sums of some 14 bits on Hopper."""
+    layer = linear(64, 32, bias)
+    x = torch.randn(3, 16, 64)
+    expected = Float8Linear(layer)(x)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        found = Float8Linear(layer.cuda())(x.cuda())
+    assert found.dtype == torch.bfloat16
+    error = (found.cpu().float() - expected).norm(dim=(0, 1)) / expected.norm(dim=(0, 1))
+    assert error.max() < 1e-2
+
+
 def test_what_the_products_cannot_take() -> None:
     with pytest.raises(ValueError, match="multiples of 16 as inputs and outputs, got 48 to 20"):
         Float8Linear(nn.Linear(48, 20))

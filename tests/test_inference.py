@@ -208,6 +208,7 @@ def test_normalise_leaves_its_input_alone() -> None:
     assert torch.equal(values, expected)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_nothing_waits_for_the_gpu() -> None:
     device = torch.device("cuda")

@@ -85,6 +85,7 @@ def test_sums_stay_exact_and_inputs_unchanged() -> None:
     assert torch.equal(prediction, PREDICTION)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_counts_on_a_gpu_without_waiting_for_it() -> None:
     expected = confusion_matrix(TRUTH, PREDICTION, 4)

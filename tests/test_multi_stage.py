@@ -226,6 +226,21 @@ def test_the_head_learns_faster_and_only_adamw_spares_norms() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-2), ("bf16", 5e-2)])
+def test_a_step_on_the_gpu_is_that_on_the_cpu(root: Path, precision: str, tolerance: float) -> None:
+    source = batches(Index.load(root / "index.json"), PseudoLabels(root / "store.zarr"), TINY, threads=1, start=0)
+    some = list(islice(source, 3))
+    losses = []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        machine = resolve(RuntimeConfig(device=device, precision="fp32" if device == "cpu" else precision))
+        trainer = SegmenterTrainer(build_segmenter(TINY, 3), TINY, machine)
+        losses.append([float(trainer.step(iteration, batch)["loss"]) for iteration, batch in enumerate(some)])
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_batches_reach_the_gpu(root: Path) -> None:
     batch = next(batches(Index.load(root / "index.json"), PseudoLabels(root / "store.zarr"), TINY, threads=1, start=0))
     there = batch.to(torch.device("cuda"))

@@ -78,8 +78,8 @@ class CosaTrainer(nn.Module):
         parts = batch.split(train.accumulate)
         targets = self._targets(parts, iteration) if iteration >= train.c2s_start else [None] * len(parts)
         self.online.train()
-        # Zero instead of absent gradients: before c2s_start the decoder still decays, as in the release.
-        self.optimizer.zero_grad(set_to_none=False)
+        # Gradients are set, not added to zeros; but the memory of a CUDA graph must not become theirs.
+        self.optimizer.zero_grad(set_to_none=not self.runtime.graphs)
         totals: dict[str, Tensor] = {}
         online = self._distributed(decodes=targets[0] is not None)
         for part, target in zip(parts, targets, strict=True):
@@ -96,6 +96,10 @@ class CosaTrainer(nn.Module):
             for name, value in terms.items():
                 totals[name] = totals[name] + value.detach() if name in totals else value.detach()
         with record_function("optimizer"):
+            for parameter in (p for group in self.optimizer.param_groups for p in group["params"]):
+                # Zero instead of absent: before c2s_start the decoder still decays, as in the release.
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
             if optim.clip > 0:
                 nn.utils.clip_grad_norm_(self.online.parameters(), optim.clip)
             self.optimizer.step()
@@ -229,7 +233,7 @@ def build_optimizer(net: CosaNet, config: OptimConfig) -> torch.optim.AdamW:
     known = {id(p) for p in encoder}
     heads = [p for p in net.parameters() if p.requires_grad and id(p) not in known]
     for parameter in encoder + heads:
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.zeros_like(parameter)  # where CUDA graphs add to
     groups = [{"params": encoder, "scale": 1.0}, {"params": heads, "scale": config.head_lr_scale}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 

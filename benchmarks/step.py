@@ -66,7 +66,7 @@ def run(options: Options) -> list[Row]:
     """Do what the options ask; returns the rows that were measured.
 
     Raises:
-        SystemExit: impossible options, or variants that disagree.
+        SystemExit: impossible options; or, after the others were measured, a variant was left out.
     """
     options = _resolved(options)
     path = options.csv or common.results_folder(options.device, options.tiny) / "step.csv"
@@ -78,8 +78,10 @@ def run(options: Options) -> list[Row]:
     # Each preset and variant compiles the same functions anew; the limit, 8, is meant for one of them.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000
     rows: list[Row] = []
+    left_out: list[str] = []
     for preset in tqdm(list(_presets(options)), disable=None):
         steps = _agreeing(preset, options)
+        left_out += [f"{preset.name} {variant}" for variant in options.variants if variant not in steps]
         for phase in () if options.smoke else options.phases:
             if options.profile is not None:
                 for variant, step in steps.items():
@@ -90,6 +92,8 @@ def run(options: Options) -> list[Row]:
             rows += new
     if rows:
         print(f"{table(rows)}\n\nappended to {path}")
+    if left_out:
+        raise SystemExit(f"not measured, for the reasons above: {', '.join(left_out)}")
     return rows
 
 
@@ -115,10 +119,10 @@ def _presets(options: Options) -> Iterator[Preset]:
 
 
 def _agreeing(preset: Preset, options: Options) -> dict[Variant, Step]:
-    """A step for each variant, warmed up in all phases. One that cannot run here is left out and said so.
+    """A step for each variant, warmed up in all phases.
 
-    Raises:
-        SystemExit: a phase's first loss differs from that of `fp32`, which the release's does by design.
+    One that cannot run here is left out and said so; likewise one whose first loss of a phase differs from that of
+    `fp32`, which only the release's does by design.
     """
     batch = synthetic_batch(preset, options.device)
     truth: dict[Phase, float] = {}
@@ -133,12 +137,11 @@ def _agreeing(preset: Preset, options: Options) -> dict[Variant, Step]:
                     step(PHASES[phase], batch)
                 true = truth.setdefault(phase, loss)
                 if variant != "release" and not abs(loss - true) <= TOLERANCE[variant.partition("_")[0]] * abs(true):
-                    raise SystemExit(
-                        f"{preset.name} {phase}: the first loss of {variant} is {loss:.6g}, that of fp32 {true:.6g}, "
-                        "so nothing is measured"
-                    )
-        except (torch.OutOfMemoryError, torch._dynamo.exc.TorchDynamoException, ValueError) as error:
-            print(f"{preset.name}: {variant} left out, {type(error).__name__}: {str(error).splitlines()[0]}")
+                    raise ArithmeticError(f"the first loss of {phase} is {loss:.6g}, that of fp32 {true:.6g}")
+        except Exception as error:  # whatever it is, it must not cost the other variants their figures
+            print(
+                f"{preset.name}: {variant} is left out, {type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
+            )
             continue
         if variant in options.variants:
             ready[variant] = step
@@ -184,7 +187,6 @@ def _turn(step: Step, iteration: int, batch: Any, device: str, steps: int = 5) -
         start = time.process_time()
         step(iteration, batch)
         return {"ms": 1000 * (time.process_time() - start)}
-    torch.cuda.reset_peak_memory_stats()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -194,11 +196,7 @@ def _turn(step: Step, iteration: int, batch: Any, device: str, steps: int = 5) -
     end.record()
     host = time.perf_counter() - start
     torch.cuda.synchronize()
-    return {
-        "ms": begin.elapsed_time(end) / steps,
-        "host_ms": 1000 * host / steps,
-        "memory_mib": torch.cuda.max_memory_allocated() / common.MIB,
-    }
+    return {"ms": begin.elapsed_time(end) / steps, "host_ms": 1000 * host / steps}
 
 
 def peak_tflop_s(device: str, tiny: bool = False) -> float:
@@ -230,8 +228,8 @@ def _one_table(where: Mapping[str, str], group: Mapping[tuple[str, ...], Mapping
         f"{where['machine']} ({where['device']}, {where['threads']} threads), torch {where['torch']}.",
         "",
         "| preset | images | phase | variant | commit | runs | ms (20 % to 80 %) | images/s | release / this "
-        "| fp32 / this | TFLOP/s (share of peak) | host ms | peak MiB |",
-        "|" + "---|" * 13,
+        "| fp32 / this | TFLOP/s (share of peak) | host ms |",
+        "|" + "---|" * 12,
     ]
     for what, values in medians.items():
         preset, batch, phase, variant, commit = what
@@ -246,7 +244,7 @@ def _one_table(where: Mapping[str, str], group: Mapping[tuple[str, ...], Mapping
             f"{values['time_ms']:.4g} ({low:.4g} to {high:.4g})",
             f"{values['images_per_s']:.3g}", over("release"), over("fp32"),
             f"{values['tflop_per_s']:.3g} ({values['peak_share']:.0%})",
-            *(f"{values[name]:.4g}" if name in values else "" for name in ("host_ms", "memory_mib")),
+            f"{values['host_ms']:.4g}" if "host_ms" in values else "",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

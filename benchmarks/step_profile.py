@@ -35,7 +35,7 @@ def profile(step: Step, preset: Preset, phase: Phase, variant: str, device: str,
     folder.mkdir(parents=True, exist_ok=True)
     trace = folder / f"{preset.name}_{phase}_{variant}.json.gz"
     profiler.export_chrome_trace(str(trace))
-    parts = _parts(profiler.key_averages(), "device_time_total" if device == "cuda" else "cpu_time_total")
+    parts = _device_parts(profiler.events() or ()) if device == "cuda" else _host_parts(profiler.key_averages())
     whole = parts.pop("step")
     work = tflop_per_image(preset)
     lines = [
@@ -53,15 +53,36 @@ def profile(step: Step, preset: Preset, phase: Phase, variant: str, device: str,
     return "\n".join(lines)
 
 
-def _parts(averages: Iterable[Any], field: str) -> dict[str, float]:
-    """Milliseconds per step of `step` and of each labelled part, in the order of PARTS."""
-    found = {
-        event.key: getattr(event, field) / 1000 / STEPS
-        for event in averages
-        if event.key == "step" or event.key.startswith(PARTS)
-    }
+def _host_parts(averages: Iterable[Any]) -> dict[str, float]:
+    """Milliseconds per step of `step` and of each labelled part, by the host's clock, in the order of PARTS."""
+    return _ordered({event.key: event.cpu_time_total for event in averages if _is_label(event.key)})
+
+
+def _device_parts(events: Iterable[Any]) -> dict[str, float]:
+    """The same by the device's clock: the kernels of all operators that began while a label was open.
+
+    In whichever thread: the backward pass has one of its own, so that labels do not enclose its operators.
+    """
+    on_host = [event for event in events if event.device_type == DeviceType.CPU]
+    labels = [event for event in on_host if _is_label(event.name)]
+    found = dict.fromkeys((label.name for label in labels), 0.0)
+    for event in on_host:
+        # A label is on the device's clock as well, with the gaps between its kernels.
+        busy = sum(kernel.duration for kernel in event.kernels if not _is_label(kernel.name))
+        for label in labels if busy else ():
+            if label.time_range.start <= event.time_range.start <= label.time_range.end:
+                found[label.name] += busy
+    return _ordered(found)
+
+
+def _is_label(name: str) -> bool:
+    return name == "step" or name.startswith(PARTS)
+
+
+def _ordered(microseconds: dict[str, float]) -> dict[str, float]:
     order = ("step", *PARTS)
-    return dict(sorted(found.items(), key=lambda item: next(i for i, p in enumerate(order) if item[0].startswith(p))))
+    place = {name: next(i for i, part in enumerate(order) if name.startswith(part)) for name in microseconds}
+    return {name: microseconds[name] / 1000 / STEPS for name in sorted(microseconds, key=place.__getitem__)}
 
 
 def _busy(events: Iterable[Any]) -> tuple[float, float]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
-from benchmarks import memory, precision, step, step_cases
+from benchmarks import memory, precision, step, step_cases, step_profile
 from benchmarks.step import Options
 from benchmarks.step_cases import PRESETS, TINY, tflop, tflop_per_image
 
@@ -47,7 +49,9 @@ def test_the_csv_and_the_table_compare_with_the_release(tmp_path: Path, capsys: 
     assert "| minivoc | 2 | guided | fp32 |" in capsys.readouterr().out
 
 
-def test_nothing_is_measured_when_variants_disagree(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_variant_that_disagrees_is_not_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make = step_cases.make_step
 
     def wrong(preset: Any, variant: Any, device: str) -> Any:
@@ -55,9 +59,28 @@ def test_nothing_is_measured_when_variants_disagree(monkeypatch: pytest.MonkeyPa
         return lambda *a: {name: value * (1.5 if variant == "bf16" else 1) for name, value in right(*a).items()}
 
     monkeypatch.setattr(step, "make_step", wrong)
-    with pytest.raises(SystemExit, match=r"the first loss of bf16 is .* so nothing is measured"):
-        step.run(tiny(variants=("bf16",), csv=tmp_path / "step.csv"))
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match=r"not measured, for the reasons above: minivoc bf16$"):
+        step.run(tiny(variants=("bf16", "fp32"), csv=tmp_path / "step.csv"))
+    assert "minivoc: bf16 is left out, ArithmeticError: the first loss of guided is" in capsys.readouterr().out
+    with (tmp_path / "step.csv").open(newline="") as handle:
+        assert {row["variant"] for row in csv.DictReader(handle)} == {"fp32"}
+
+
+def test_a_variant_that_cannot_run_costs_the_others_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = step_cases.make_step
+
+    def broken(preset: Any, variant: Any, device: str) -> Any:
+        if variant == "bf16":
+            raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand more")
+        return make(preset, variant, device)
+
+    monkeypatch.setattr(step, "make_step", broken)
+    with pytest.raises(SystemExit, match="minivoc bf16"):
+        step.run(tiny(variants=("bf16", "fp32"), csv=tmp_path / "step.csv"))
+    assert "bf16 is left out, RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED\n" in capsys.readouterr().out
+    assert (tmp_path / "step.csv").exists()
 
 
 def test_the_profile_names_the_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,6 +99,28 @@ def test_the_profile_names_the_parts(tmp_path: Path, capsys: pytest.CaptureFixtu
     )
     assert all(f"| {part} | " in out for part in (*parts, "other"))
     assert (tmp_path / "minivoc_guided_fp32.json.gz").stat().st_size > 1000
+
+
+def test_kernels_of_any_thread_belong_to_the_open_label() -> None:
+    """As torch.profiler gives them for a GPU: labels on both clocks, kernels with the operators that launched them."""
+
+    def event(name: str, start: int, end: int, *kernels: tuple[str, int], device: Any = DeviceType.CPU) -> Any:
+        launched = [SimpleNamespace(name=kernel, duration=duration) for kernel, duration in kernels]
+        return SimpleNamespace(
+            name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end), kernels=launched
+        )
+
+    events = [
+        event("step", 0, 100, ("step", 90)),
+        event("student", 1, 40, ("triton_poi", 2), ("student", 35)),
+        event("aten::mm", 5, 6, ("gemm", 30)),
+        event("backward", 41, 80, ("backward", 38)),
+        event("autograd::engine::evaluate_function", 45, 70, ("gemm_bwd", 20)),  # of another thread
+        event("aten::copy_", 90, 91, ("copy", 4)),
+        event("student", 1, 60, device=DeviceType.CUDA),
+    ]
+    parts = step_profile._device_parts(events)
+    assert parts == {name: value / 1000 / 3 for name, value in (("step", 56), ("student", 32), ("backward", 20))}
 
 
 def test_impossible_options(monkeypatch: pytest.MonkeyPatch) -> None:

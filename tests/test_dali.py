@@ -180,16 +180,3 @@ def test_gpu_agrees_with_cpu(source: str, request: pytest.FixtureRequest) -> Non
         assert torch.equal(one.valid_box, two.valid_box.cpu())
         assert np.abs(pixels(one.weak) - pixels(two.weak)).mean() < 1
         assert np.abs(pixels(one.strong) - pixels(two.strong)).mean() < 3
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("backend", ["dali", "torch"])
-def test_gpu_batches_survive_the_next_ones(synthetic: Index, backend: str) -> None:
-    """The tensors are not views of buffers that the loader fills again; and a run repeats itself."""
-    first, again = (load(synthetic, backend, AugmentConfig(crop=64), 6, "cuda") for _ in range(2))
-    torch.cuda.synchronize()
-    for one, two in zip(first, again, strict=True):
-        assert torch.equal(one.weak, two.weak)
-        assert torch.equal(one.strong, two.strong)
-    assert not torch.equal(first[0].weak, first[1].weak)

@@ -128,6 +128,21 @@ def test_resume_and_repeat_bit_for_bit(index: Index, loader: LoaderConfig) -> No
         assert_same(batch, resumed)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_batches_survive_the_next_ones(index: Index, loader: LoaderConfig) -> None:
+    """The tensors are not views of buffers that the loader fills again; and a run repeats itself."""
+    augment, device = AugmentConfig(crop=CROP), torch.device("cuda")
+    first, again = (
+        take(batches(index, augment=augment, loader=loader, batch_size=3, seed=5, start=0, device=device), 6)
+        for _ in range(2)
+    )
+    torch.cuda.synchronize()
+    for one, two in zip(first, again, strict=True):
+        assert_same(one, two)
+    assert not torch.equal(first[0].weak, first[1].weak)
+
+
 def test_global_random_states_stay_untouched(index: Index, loader: LoaderConfig) -> None:
     """A resumed run starts the loader once more than an uninterrupted one."""
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002

@@ -155,10 +155,14 @@ fps() {
 }
 
 memory() {
-  need memory pydantic yaml tyro tqdm timm || return
-  local how=()
+  need memory pydantic yaml tyro tqdm timm segmentation_models_pytorch PIL || return
+  local how=() standalone=(ms_resnet101 ms_wide_resnet38 ms_swin_base ms_swin_large)
+  local evaluated=(evaluation_voc evaluation_coco evaluation_ms_resnet101 evaluation_ms_swin_large)
+  local ours=("$PYTHON" -m benchmarks.memory --csv "$OUT/memory.csv")
   [ -n "$dry" ] && how=(--device cpu --tiny --batch-sizes 2)
-  section memory 60 "$PYTHON" -m benchmarks.memory --csv "$OUT/memory.csv" "${how[@]}"
+  section memory 60 "${ours[@]}" --presets voc_b4 coco_b8 "${how[@]}"
+  section memory-standalone 60 "${ours[@]}" --presets "${standalone[@]}" --batch-sizes 16 8 4 2 "${how[@]}"
+  section memory-evaluation 40 "${ours[@]}" --presets "${evaluated[@]}" --batch-sizes 8 1 "${how[@]}"
 }
 
 precision() {

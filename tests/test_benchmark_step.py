@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import memory, precision, step, step_cases, step_profile
+from benchmarks import precision, step, step_cases, step_profile
 from benchmarks.step import Options
 from benchmarks.step_cases import PRESETS, TINY, tflop, tflop_per_image
 
@@ -135,22 +135,6 @@ def test_the_batches_are_what_a_loader_gives() -> None:
     batch = step_cases.synthetic_batch(TINY["coco_b8"], "cpu")
     for labels, present in zip(batch.labels, batch.present, strict=True):
         assert labels.nonzero()[:, 0].tolist() == [label for label in present.tolist() if label >= 0]
-
-
-def test_the_memory_estimate_is_what_a_real_step_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = {"tiny": True, "device": "cpu", "presets": ("minivoc",), "batch_sizes": (16,)}
-    memory.run(memory.Options(**common, variants=("fp32",), check=True))
-    estimate, real = map(float, capsys.readouterr().out.splitlines()[-1].split("|")[-3:-1])
-    assert real == pytest.approx(estimate, rel=0.15)
-    memory.run(memory.Options(**common, accumulate=(1, 3), csv=tmp_path / "memory.csv"))
-    assert "GiB at the peak, estimated" in capsys.readouterr().out
-    with (tmp_path / "memory.csv").open(newline="") as handle:
-        rows = list(csv.DictReader(handle))
-    assert [(row["accumulate"], row["variant"]) for row in rows] == [
-        ("1", "fp32"),
-        ("1", "bf16"),
-    ]  # 3 does not divide 16
-    assert float(rows[1]["extra_mib"]) < float(rows[0]["extra_mib"]) < float(rows[0]["mib"])
 
 
 def test_bf16_stays_near_fp32_and_rounding_nearer(tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ memory() {
   local how=() standalone=(ms_resnet101 ms_wide_resnet38 ms_swin_base ms_swin_large)
   local evaluated=(evaluation_voc evaluation_coco evaluation_ms_resnet101 evaluation_ms_swin_large)
   local ours=("$PYTHON" -m benchmarks.memory --csv "$OUT/memory.csv")
-  [ -n "$dry" ] && how=(--device cpu --tiny --batch-sizes 2)
+  [ -n "$dry" ] && how=(--device cpu --tiny --batch-sizes 2 --variants bf16)
   section memory 60 "${ours[@]}" --presets voc_b4 coco_b8 "${how[@]}"
   section memory-standalone 60 "${ours[@]}" --presets "${standalone[@]}" --batch-sizes 16 8 4 2 "${how[@]}"
   section memory-evaluation 40 "${ours[@]}" --presets "${evaluated[@]}" --batch-sizes 8 1 "${how[@]}"

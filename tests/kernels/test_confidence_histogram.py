@@ -114,9 +114,9 @@ class TestCount:
             ({"cams": torch.zeros(1, 0, 4, 4)}, r"\(1, 0, 4, 4\)"),
             ({"valid_box": torch.zeros(3, 4)}, r"valid_box must be an integer \(1, 4\) tensor"),
             ({"bins": 2}, "bins must be at least 4"),
-            ({"bins": 12, "impl": "triton"}, "power of two"),
+            ({"cams": torch.zeros(1, 1, 4, 4, device=DEVICE), "bins": 12, "impl": "triton"}, "power of two"),
             ({"low": 2.0}, "low < high"),
-            ({"cams": torch.zeros(1, 1, 4, 4).double(), "impl": "triton"}, "float64"),
+            ({"cams": torch.zeros(1, 1, 4, 4, device=DEVICE).double(), "impl": "triton"}, "float64"),
         ],
     )
     def test_impossible_arguments(self, arguments: dict[str, Any], message: str) -> None:

@@ -197,7 +197,7 @@ class TestFit:
             ({"values": torch.zeros(8), "low": 1.0}, "low < high, got 1.0 and 1.0"),
             ({"histogram": torch.zeros(8), "high": math.inf}, "must be finite"),
             ({"histogram": torch.zeros(8), "impl": "cuda"}, "impl must be one of auto, triton, torch, reference"),
-            ({"histogram": torch.zeros(8).double(), "impl": "triton"}, "float64"),
+            ({"histogram": torch.zeros(8, device=DEVICE).double(), "impl": "triton"}, "float64"),
         ],
     )
     def test_impossible_arguments(self, arguments: dict[str, Any], message: str) -> None:

@@ -205,7 +205,7 @@ BAD_CALLS: dict[str, Callable[[], Tensor]] = {
     "eps must be >= 0, got -1": lambda: merge_cams([MAPS], class_labels=ONES, size=(4, 4), eps=-1.0),
     "impl must be one of auto, .* got 'cuda'": lambda: merge_cams([MAPS], class_labels=ONES, size=(4, 4), impl="cuda"),
     "float64 and the kernels accumulate in float32": lambda: merge_cams(
-        [MAPS.double()], class_labels=ONES, size=(4, 4), impl="triton"
+        [MAPS.to(DEVICE).double()], class_labels=ONES.to(DEVICE), size=(4, 4), impl="triton"
     ),
 }
 

@@ -60,7 +60,8 @@ def upsample_cross_entropy(
 
     Raises:
         ValueError: a shape, dtype, device or option is impossible; on the CPU (elsewhere under COSA_KERNELS_DEBUG=1)
-            also for a label that is neither below K nor `ignore_index`. On a GPU such a label makes the loss NaN.
+            also for a label that is neither below K nor `ignore_index`. On a GPU such a label makes the kernel's loss
+            NaN, and ends plain torch with a device-side assertion.
 
     Example:
         >>> logits = torch.zeros(1, 3, 7, 7, requires_grad=True)

@@ -202,24 +202,19 @@ def gradient_kernel(
         tl.store(out, tl.where(anchor[:, None], flows[chunk], 0.0), mask=inside[:, None] & (dims < C)[None, :])
 
 
-def forward(
-    x: Tensor, labels: Tensor, temperature: float, dtype: torch.dtype, with_gradient: bool
-) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, labels: Tensor, temperature: float, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """Sum over anchors (0-d), and its gradient times the temperature (S, C, N; empty if not wanted), both float32.
 
     Args:
         x: (S, C, N) float32 vectors in S scopes, C up to 256.
         labels: (S, N) int64; -1 for positions that are no anchors.
         temperature: what inner products are divided by.
-        dtype: of the CAMs that `x` was computed from.
         with_gradient: whether the gradient is wanted.
     """
     scopes, classes, positions = x.shape
     # Padded, so that rows of `x` are aligned and loaded without a mask on the dimension.
     width = 16 if classes <= 16 else 32
     chunks = triton.cdiv(classes, width)
-    # What CAMs of half precision have rounded away need not be computed, unless the temperature magnifies it.
-    precision = dot_precision(exact=dtype == torch.float32 or temperature < 0.1)
 
     labels, order = labels.int().sort(dim=1, stable=True)
     begin = torch.searchsorted(labels, labels, out_int32=True)
@@ -230,7 +225,7 @@ def forward(
     losses, log_ks, pulls, pushes = x.new_empty(4, scopes, positions)
     grid = (triton.cdiv(positions, ROWS), scopes)
     factor = 1.4426950408889634 / temperature
-    options = {"D": chunks * width, "WIDTH": width, "ROWS": ROWS, "PRECISION": precision}
+    options = {"D": chunks * width, "WIDTH": width, "ROWS": ROWS, "PRECISION": dot_precision()}
     options |= {"num_warps": 4, "num_stages": 1, **_register_limit()}
     with device_of(x):
         anchor_kernel[grid](

@@ -223,7 +223,6 @@ def forward(
     Raises:
         ValueError: more than 256 classes, or sizes whose product passes 2^30.
     """
-    precision = dot_precision(exact=logits.dtype == torch.float32)
     # Few types, few kernels to compile; only what has full resolution is worth reading as it is.
     logits = logits.float().contiguous()
     target = (target if target.dtype in (torch.uint8, torch.int32) else target.long()).contiguous()
@@ -244,7 +243,7 @@ def forward(
     partials = torch.empty(shape, dtype=torch.float32, device=logits.device)
     padded = max(16, triton.next_power_of_2(classes))
     # From 128 classes on the three-fold product of float32 on matrix units spills registers, plain arithmetic does not.
-    precision = "ieee" if precision == "tf32x3" and padded >= 128 else precision
+    precision = "ieee" if padded >= 128 else dot_precision()
     with device_of(logits):
         region_kernel[(parts, batch)](
             logits,

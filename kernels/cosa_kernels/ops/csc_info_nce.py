@@ -146,7 +146,7 @@ def _operator(
         if impl == "triton":
             from cosa_kernels.gpu import csc_info_nce as gpu
 
-            loss, gradient = gpu.forward(x, labels, temperature, cams.dtype, with_gradient)
+            loss, gradient = gpu.forward(x, labels, temperature, with_gradient)
         else:
             forward = _by_class if x.device.type == "cpu" else _masked
             loss, gradient = forward(x, labels, temperature, with_gradient)

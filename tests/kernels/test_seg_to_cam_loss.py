@@ -10,11 +10,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cosa_kernels import reference
+from cosa_kernels.ops import seg_to_cam_loss as module
 from cosa_kernels.ops.seg_to_cam_loss import _operator, _probabilities, seg_pseudo_labels, seg_to_cam_loss
 from three_way import DEVICE, ROUNDING, LargestTensor, compare, relative_error
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Size = tuple[int, int]
+
+
+class Launches(TorchDispatchMode):
+    """Names of the functions that made tensors on "meta", views aside: each a kernel on a GPU, or a copy to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.is_meta and not func.is_view:
+            self.functions.append(str(func))
+        return out
 
 
 @dataclass(frozen=True)
@@ -120,8 +136,26 @@ def test_other_devices_are_not_waited_for() -> None:
     # Tensors on "meta" have no values: whatever reads one on the host, raises.
     views = [torch.empty(2, 4, side, side, device="meta") for side in (4, 2, 4)]
     absent = torch.zeros(2, 4, dtype=torch.bool, device="meta")
-    got = _probabilities(views, absent, 0.01, (64, 64), (4, 4))
+    for _ in range(2):
+        with Launches() as launches:
+            got = _probabilities(views, absent, 0.01, (64, 64), (4, 4))
     assert got.shape == (2, 4, 4, 4)
+    # Two sizes, each mixed along two axes by two selections and a lerp; so are the probabilities.
+    assert launches.functions.count("aten._to_copy.default") == 1  # all positions and shares
+    assert len(launches.functions) == 1 + 1 + 2 * 6 + 1 + 3 + 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_tables_for_other_devices_survive_the_packing(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    size = case.size or case.views[0]
+    arguments = (tuple(dict.fromkeys(case.views)), size, case.grid or size, dtype)
+    tables = module._tables(*arguments)
+    if not any(tables):  # none is sent then
+        return
+    for table, got in zip(tables, module._unpacked(module._packed(*arguments, False), tables), strict=True):
+        assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(table, got, strict=True))
 
 
 def test_nothing_of_full_resolution_is_made() -> None:
@@ -243,6 +277,30 @@ def test_compiles_without_a_graph_break_for_any_size() -> None:
         torch.testing.assert_close(got, expected)
         (gradient,), (truth,) = (torch.autograd.grad(value, cams) for value in (got, expected))
         torch.testing.assert_close(gradient, truth)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_runs_in_a_cuda_graph_and_never_waits() -> None:
+    case = CASES["the training's three scales, mirrored"]
+    views, present = inputs(case)
+
+    def labels() -> Tensor:
+        return seg_pseudo_labels(views, present, size=case.size, grid=case.grid)
+
+    labels()  # makes the tables
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        labels()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = labels()
+    for _ in range(3):
+        views[0].copy_(torch.randn_like(views[0]))
+        graph.replay()
+        assert torch.equal(captured, labels())
 
 
 CAMS = torch.rand(2, 3, 4, 4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ from cosa_kernels.checks import (
     check_views,
 )
 from cosa_kernels.implementation import Impl, accumulator, choose
-from cosa_kernels.interpolation import cached_on_cpu, corners
+from cosa_kernels.interpolation import corners
 from cosa_kernels.reference import Size
 
 Sources = tuple[Tensor, Tensor, Tensor]
@@ -113,14 +114,14 @@ def _upsample(plane: Tensor, size: Size) -> Tensor:
     for axis in (1, 0):
         low, high = plane.shape[axis], size[axis]
         if low != high:
-            plane = mix(plane, axis, *sources(low, high, plane.dtype, plane.device))
+            plane = mix(plane, axis, *sources(low, high, plane.dtype))
     return plane
 
 
-@cached_on_cpu
-def sources(low: int, high: int, dtype: torch.dtype, device: torch.device) -> Sources:
-    """Bilinear interpolation of `low` positions at `high` others, for `mix`. Cached on the CPU: never write to it."""
-    first, second, share = corners(low, high, device)
+@functools.lru_cache(maxsize=64)
+def sources(low: int, high: int, dtype: torch.dtype) -> Sources:
+    """Bilinear interpolation of `low` positions at `high` others, for `mix`; on the CPU. Cached: never write to it."""
+    first, second, share = corners(low, high, torch.device("cpu"))
     return first, second, share.to(dtype)
 
 

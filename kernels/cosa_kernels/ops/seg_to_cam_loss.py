@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -20,9 +21,11 @@ from cosa_kernels.checks import (
     check_views,
 )
 from cosa_kernels.implementation import Impl, accumulator, choose, full_precision
-from cosa_kernels.interpolation import cached_on_cpu
-from cosa_kernels.ops.merge_cams import Sources, mix, sources
+from cosa_kernels.ops.merge_cams import mix, sources
 from cosa_kernels.reference import Size
+
+Table = tuple[Tensor, ...]
+"""What happens along an axis: nothing (empty), positions are chosen (one tensor) or mixed (three: `Sources`)."""
 
 
 def seg_pseudo_labels(
@@ -155,61 +158,94 @@ def _probabilities(
     views: Sequence[Tensor], absent: Tensor | None, temperature: float, size: Size, grid: Size
 ) -> Tensor:
     """(B, K, *grid) in the accumulation dtype; `absent` is (B, K) bool, None where all K channels are present."""
-    dtype, device = accumulator(views[0].dtype), views[0].device
+    dtype = accumulator(views[0].dtype)
     # Interpolation is linear: views of one size are added before it, not after.
     sums: dict[Size, Tensor] = {}
     for view in views:
         low = (view.shape[-2], view.shape[-1])
         sums[low] = sums[low].to(dtype) + view if low in sums else view
+    *samples, rows, columns = _tables_on(views[0].device, tuple(sums), size, grid, dtype)
     total: Tensor | None = None
-    for view in sums.values():
-        for axis in (-2, -1):
-            view = _sample(view, axis, size[axis], grid[axis])
+    for view, along_y, along_x in zip(sums.values(), samples[::2], samples[1::2], strict=True):
+        view = _resample(_resample(view, -2, along_y), -1, along_x)
         # Not in place: where nothing was to do, this is still the caller's tensor.
         total = view.to(dtype) if total is None else total + view
     assert total is not None  # there is at least one view
     total = total / temperature
     if absent is not None:
         total.masked_fill_(absent[..., None, None], float("-inf"))
-    probabilities = total.softmax(dim=1)
-    for axis in (-2, -1):
-        _, outputs = _needed(size[axis], grid[axis], dtype, device)
-        if outputs is not None:
-            probabilities = mix(probabilities, axis, *outputs)
-    return probabilities
+    return _resample(_resample(total.softmax(dim=1), -2, rows), -1, columns)
 
 
-def _sample(view: Tensor, axis: int, high: int, wanted: int) -> Tensor:
-    """Up-sample along one axis to `high` positions, of which only those are made that resizing to `wanted` mixes."""
-    low, dtype = view.shape[axis], accumulator(view.dtype)
-    if low != high:
-        return mix(view, axis, *_sources(low, high, wanted, dtype, view.device))
-    positions, _ = _needed(high, wanted, dtype, view.device)
-    return view if positions is None else view.index_select(axis, positions)
+def _resample(maps: Tensor, axis: int, table: Table) -> Tensor:
+    if len(table) == 1:
+        return maps.index_select(axis, *table)
+    return mix(maps, axis, *table) if table else maps
 
 
-@cached_on_cpu
-def _needed(high: int, wanted: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, Sources | None]:
-    """Which of `high` positions resizing to `wanted` mixes, and per output its sources among these.
+def _tables_on(
+    device: torch.device, lows: tuple[Size, ...], size: Size, grid: Size, dtype: torch.dtype
+) -> Sequence[Table]:
+    """`_tables` on a device: made by the host, once, and brought there by a single copy that it does not wait for.
 
-    All positions (None) where that is not more; no sources (None) where the size stays. Cached on the CPU:
-    never write to it.
+    Each call copies anew: a remembered tensor might lie in the memory of a CUDA graph that has not run yet, or still be
+    on its way on another stream.
+    """
+    tables = _tables(lows, size, grid, dtype)
+    if device.type == "cpu" or not any(tables):
+        return tables
+    packed = _packed(lows, size, grid, dtype, device.type == "cuda")
+    return _unpacked(packed.to(device, non_blocking=True), tables)
+
+
+@functools.cache
+def _packed(lows: tuple[Size, ...], size: Size, grid: Size, dtype: torch.dtype, pinned: bool) -> Tensor:
+    """The bytes of `_tables`, some KB. Never write to it.
+
+    Without a limit, unlike other caches: a CUDA graph that has recorded the copy reads this memory whenever it runs.
+    """
+    packed = torch.cat([part.view(torch.uint8) for part in _in_memory_order(_tables(lows, size, grid, dtype))])
+    return packed.pin_memory() if pinned else packed
+
+
+def _unpacked(packed: Tensor, tables: Sequence[Table]) -> Sequence[Table]:
+    """Views of `packed`, the bytes of `tables`."""
+    parts = _in_memory_order(tables)
+    memory = packed.split([part.nbytes for part in parts])
+    there = {id(part): piece.view(part.dtype) for part, piece in zip(parts, memory, strict=True)}
+    return [tuple(there[id(part)] for part in table) for table in tables]
+
+
+def _in_memory_order(tables: Sequence[Table]) -> list[Tensor]:
+    """Positions before shares, so that all are aligned."""
+    return sorted((part for table in tables for part in table), key=Tensor.is_floating_point)
+
+
+@functools.lru_cache(maxsize=64)
+def _tables(lows: tuple[Size, ...], size: Size, grid: Size, dtype: torch.dtype) -> Sequence[Table]:
+    """Of each of `lows` along y and along x, then of the probabilities along both. Never write to them."""
+    samples = [_sample(low[axis], size[axis], grid[axis], dtype) for low in lows for axis in (0, 1)]
+    return [*samples, *(_needed(size[axis], grid[axis], dtype)[1] for axis in (0, 1))]
+
+
+def _sample(low: int, high: int, wanted: int, dtype: torch.dtype) -> Table:
+    """Up-samples `low` positions to `high`, of which only those are made that resizing to `wanted` mixes."""
+    positions, _ = _needed(high, wanted, dtype)
+    return positions if low == high else tuple(part[(*positions,)] for part in sources(low, high, dtype))
+
+
+def _needed(high: int, wanted: int, dtype: torch.dtype) -> tuple[Table, Table]:
+    """Which of `high` positions resizing to `wanted` mixes, and how: per output its sources among these.
+
+    All positions (empty) where that is not more; no mixture (empty) where the size stays.
     """
     if wanted == high:
-        return None, None
+        return (), ()
     if 2 * wanted >= high:
-        return None, sources(high, wanted, dtype, device)
-    first, second, share = sources(high, wanted, dtype, device)
-    outputs = torch.arange(wanted, device=device)
-    return torch.cat([first, second]), (outputs, outputs + wanted, share)
-
-
-@cached_on_cpu
-def _sources(low: int, high: int, wanted: int, dtype: torch.dtype, device: torch.device) -> Sources:
-    """Sources among `low` positions for those of `high` that are needed. Cached on the CPU: never write to it."""
-    positions, _ = _needed(high, wanted, dtype, device)
-    first, second, share = sources(low, high, dtype, device)
-    return (first, second, share) if positions is None else (first[positions], second[positions], share[positions])
+        return (), sources(high, wanted, dtype)
+    first, second, share = sources(high, wanted, dtype)
+    outputs = torch.arange(wanted, device="cpu")
+    return (torch.cat([first, second]),), (outputs, outputs + wanted, share)
 
 
 def _empty(views: Sequence[Tensor], grid: Sequence[int]) -> Tensor:

@@ -171,6 +171,30 @@ def test_compiles_without_a_graph_break_for_any_size(impl: str) -> None:
         assert torch.equal(compiled(*arguments), scaled(*arguments))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_runs_in_a_cuda_graph_and_never_waits() -> None:
+    case = CASES["the training's three scales"]
+    cams, mirrored, present = inputs(case)
+
+    def merged() -> Tensor:
+        return merge_cams(cams, mirrored, class_labels=present, size=case.size)
+
+    merged()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        merged()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = merged()
+    for _ in range(3):
+        cams[0].copy_(torch.randn_like(cams[0]))
+        graph.replay()
+        assert torch.equal(captured, merged())
+
+
 MAPS = torch.rand(2, 3, 4, 4)
 ONES = torch.ones(2, 3)
 BAD_CALLS: dict[str, Callable[[], Tensor]] = {

@@ -5,6 +5,8 @@ The maps of absent classes are zeroed beforehand; the programs for them only rea
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -141,7 +143,7 @@ def merge(
         sum_kernel[grid](
             packed,
             present,
-            _table(sizes, packed.device),
+            _table(sizes, packed.is_cuda).to(packed.device, non_blocking=True),
             merged,
             extremes,
             packed.shape[2],
@@ -158,13 +160,13 @@ def merge(
     return merged
 
 
-def _table(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """(scales, 3) int32 on the device: begin, h, w of each scale."""
-    table = torch.empty((len(sizes), 3), dtype=torch.int32, device=device)
-    begin = 0
-    for row, (h, w) in zip(table, sizes, strict=True):
-        # Filled, not copied from the host: that would wait for the device.
-        for entry, value in zip(row, (begin, h, w), strict=True):
-            entry.fill_(value)
-        begin += h * w
-    return table
+@functools.cache
+def _table(sizes: tuple[tuple[int, int], ...], pinned: bool) -> Tensor:
+    """(scales, 3) int32 in the host's memory: begin, h, w of each scale. Never write to it.
+
+    Pinned, so that no copy waits for the device. Without a limit: a CUDA graph that has recorded the copy reads this
+    memory whenever it runs.
+    """
+    begins = itertools.accumulate((h * w for h, w in sizes), initial=0)
+    rows = [(begin, h, w) for begin, (h, w) in zip(begins, sizes, strict=False)]
+    return torch.tensor(rows, dtype=torch.int32, device="cpu", pin_memory=pinned)

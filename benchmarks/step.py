@@ -7,6 +7,7 @@ of their own. Nothing is timed before the variants' losses agree. benchmarks/REA
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -82,7 +83,7 @@ def run(options: Options) -> list[Row]:
     for preset in tqdm(list(_presets(options)), disable=None):
         steps = _agreeing(preset, options)
         left_out += [f"{preset.name} {variant}" for variant in options.variants if variant not in steps]
-        for phase in () if options.smoke else options.phases:
+        for phase in options.phases if steps and not options.smoke else ():
             if options.profile is not None:
                 for variant, step in steps.items():
                     print(step_profile.profile(step, preset, phase, variant, options.device, options.profile))
@@ -121,8 +122,8 @@ def _presets(options: Options) -> Iterator[Preset]:
 def _agreeing(preset: Preset, options: Options) -> dict[Variant, Step]:
     """A step for each variant, warmed up in all phases.
 
-    One that cannot run here is left out and said so; likewise one whose first loss of a phase differs from that of
-    `fp32`, which only the release's does by design.
+    One that cannot run here is left out and said so; likewise one whose first loss of a phase is not that of `fp32`,
+    which only the release's is not by design. Without `fp32`, no other but the release's can be compared.
     """
     batch = synthetic_batch(preset, options.device)
     truth: dict[Phase, float] = {}
@@ -135,7 +136,9 @@ def _agreeing(preset: Preset, options: Options) -> dict[Variant, Step]:
                 loss = float(step(PHASES[phase], batch)["loss"])
                 for _ in range(2):  # CUDA graphs are recorded in the second
                     step(PHASES[phase], batch)
-                true = truth.setdefault(phase, loss)
+                if variant == "fp32":
+                    truth[phase] = loss
+                true = truth.get(phase, math.nan)
                 if variant != "release" and not abs(loss - true) <= TOLERANCE[variant.partition("_")[0]] * abs(true):
                     raise ArithmeticError(f"the first loss of {phase} is {loss:.6g}, that of fp32 {true:.6g}")
         except Exception as error:  # whatever it is, it must not cost the other variants their figures

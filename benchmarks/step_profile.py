@@ -63,12 +63,14 @@ def _device_parts(events: Iterable[Any]) -> dict[str, float]:
 
     In whichever thread: the backward pass has one of its own, so that labels do not enclose its operators.
     """
+    events = list(events)
+    annotations = {event.name for event in events if event.is_user_annotation}
     on_host = [event for event in events if event.device_type == DeviceType.CPU]
     labels = [event for event in on_host if _is_label(event.name)]
     found = dict.fromkeys((label.name for label in labels), 0.0)
     for event in on_host:
-        # A label is on the device's clock as well, with the gaps between its kernels.
-        busy = sum(kernel.duration for kernel in event.kernels if not _is_label(kernel.name))
+        # Annotations are on the device's clock as well, with the gaps between their kernels.
+        busy = sum(kernel.duration for kernel in event.kernels if kernel.name not in annotations)
         for label in labels if busy else ():
             if label.time_range.start <= event.time_range.start <= label.time_range.end:
                 found[label.name] += busy

@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """A copy on a GPU that the host does not wait for; `values` itself on the CPU, or if it is on a GPU already."""
+    """A copy that the host does not wait for where it goes from the host to a GPU; `values` itself if it is there."""
     if device.type != "cuda" or values.is_cuda:
-        return values
+        return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
 
 

@@ -66,21 +66,36 @@ def test_a_variant_that_disagrees_is_not_measured(
         assert {row["variant"] for row in csv.DictReader(handle)} == {"fp32"}
 
 
+@pytest.mark.parametrize(
+    ("failing", "variants", "measured"),
+    [
+        ("bf16", ("bf16", "fp32"), {"fp32"}),
+        ("bf16", ("bf16",), None),
+        ("fp32", ("release", "bf16"), {"release"}),  # without fp32 nothing says that bf16 is right
+    ],
+)
 def test_a_variant_that_cannot_run_costs_the_others_nothing(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    failing: str,
+    variants: Any,
+    measured: set[str] | None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     make = step_cases.make_step
 
     def broken(preset: Any, variant: Any, device: str) -> Any:
-        if variant == "bf16":
+        if variant == failing:
             raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nand more")
         return make(preset, variant, device)
 
     monkeypatch.setattr(step, "make_step", broken)
-    with pytest.raises(SystemExit, match="minivoc bf16"):
-        step.run(tiny(variants=("bf16", "fp32"), csv=tmp_path / "step.csv"))
-    assert "bf16 is left out, RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED\n" in capsys.readouterr().out
-    assert (tmp_path / "step.csv").exists()
+    path = tmp_path / "step.csv"
+    with pytest.raises(SystemExit, match=r"reasons above: minivoc bf16$"):
+        step.run(tiny(variants=variants, csv=path))
+    assert f"{failing} is left out, RuntimeError: CUBLAS_STATUS_NOT_SUPPORTED\n" in capsys.readouterr().out
+    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+    assert {row["variant"] for row in rows} == (measured or set())
 
 
 def test_the_profile_names_the_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,9 +120,12 @@ def test_kernels_of_any_thread_belong_to_the_open_label() -> None:
     """As torch.profiler gives them for a GPU: labels on both clocks, kernels with the operators that launched them."""
 
     def event(name: str, start: int, end: int, *kernels: tuple[str, int], device: Any = DeviceType.CPU) -> Any:
-        launched = [SimpleNamespace(name=kernel, duration=duration) for kernel, duration in kernels]
         return SimpleNamespace(
-            name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end), kernels=launched
+            name=name,
+            device_type=device,
+            is_user_annotation=not name.startswith(("aten", "autograd")),
+            time_range=SimpleNamespace(start=start, end=end),
+            kernels=[SimpleNamespace(name=kernel, duration=duration) for kernel, duration in kernels],
         )
 
     events = [
@@ -116,11 +134,14 @@ def test_kernels_of_any_thread_belong_to_the_open_label() -> None:
         event("aten::mm", 5, 6, ("gemm", 30)),
         event("backward", 41, 80, ("backward", 38)),
         event("autograd::engine::evaluate_function", 45, 70, ("gemm_bwd", 20)),  # of another thread
+        event("optimizer", 81, 89),
+        event("Optimizer.step#AdamW.step", 82, 88, ("Optimizer.step#AdamW.step", 6), ("adamw", 5)),
         event("aten::copy_", 90, 91, ("copy", 4)),
         event("student", 1, 60, device=DeviceType.CUDA),
     ]
+    expected = (("step", 61), ("student", 32), ("backward", 20), ("optimizer", 5))
     parts = step_profile._device_parts(events)
-    assert parts == {name: value / 1000 / 3 for name, value in (("step", 56), ("student", 32), ("backward", 20))}
+    assert parts == {name: value / 1000 / 3 for name, value in expected}
 
 
 def test_impossible_options(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -233,7 +233,7 @@ def build_optimizer(net: CosaNet, config: OptimConfig) -> torch.optim.AdamW:
     known = {id(p) for p in encoder}
     heads = [p for p in net.parameters() if p.requires_grad and id(p) not in known]
     for parameter in encoder + heads:
-        parameter.grad = torch.zeros_like(parameter)  # where CUDA graphs add to
+        parameter.grad = torch.zeros_like(parameter)  # what CUDA graphs add to
     groups = [{"params": encoder, "scale": 1.0}, {"params": heads, "scale": config.head_lr_scale}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 

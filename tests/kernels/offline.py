@@ -2,8 +2,8 @@
 
 Triton's driver is replaced by a mock that only names the target, and each launch stops after compiling. The code that
 launches is the real one, so what is compiled is what would run: same specialisation, same configuration. Prints a line
-per kernel and fails if one does not compile or spills registers. `--all` takes every combination of options; without
-it each option occurs at least once, the hungriest combination of each size included.
+per kernel and fails if one does not compile, spills registers or multiplies in plain TF32. `--all` takes every
+combination of options; without it each option occurs at least once, the hungriest combination of each size included.
 """
 
 from __future__ import annotations
@@ -182,19 +182,26 @@ def usage(kernel: Any, target: GPUTarget) -> tuple[int, int]:
     return int(re.search(r"REG:(\d+)", text)[1]), int(re.search(r"STACK:(\d+)", text)[1])  # type: ignore[index]
 
 
+def cuts_off(kernel: Any) -> bool:
+    """Whether matrix units read float32 as it is, that is without its last 13 bits (see `dot_precision`)."""
+    ptx = kernel.asm.get("ptx", "")
+    return re.search(r"mma\S*\.tf32", ptx) is not None and "cvt.rna.tf32" not in ptx
+
+
 def report(name: str, everything: bool) -> int:
-    """Compile for one target; returns the number of kernels that spill."""
+    """Compile for one target; returns the number of kernels that spill, or multiply in plain TF32."""
     kernels = compile_all(TARGETS[name], everything)
-    failures = 0
+    spills = cuts = 0
     for launch, kernel in kernels.values():
         registers, spilled = usage(kernel, TARGETS[name])
-        failures += spilled > 0
+        spills += spilled > 0
+        cuts += cuts_off(kernel)
         print(
             f"{name:7} {kernel.name:24} registers {registers:3} warps {kernel.metadata.num_warps} "
             f"shared {kernel.metadata.shared:6} spilled {spilled:4} {launch}"
         )
-    print(f"{name}: {len(kernels)} kernels, triton {triton.__version__}, {failures} spill")
-    return failures
+    print(f"{name}: {len(kernels)} kernels, triton {triton.__version__}, {cuts} in plain TF32, {spills} spill")
+    return spills + cuts
 
 
 def main(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import tyro
 from torch.profiler import ProfilerActivity, profile
 
 from cosa_fast.config import AugmentConfig, CosaConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
@@ -78,4 +79,4 @@ def _exchanged(record: profile) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

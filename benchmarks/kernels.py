@@ -123,7 +123,7 @@ def _dtype(options: Options) -> torch.dtype:
 
 
 def _default_csv(options: Options) -> Path:
-    folder = common.ROOT / "benchmarks/results" / common.folder_name(options.device)
+    folder = common.results_folder(options.device, options.tiny)
     return folder / ("kernels_sweep.csv" if options.sweep else "kernels.csv")
 
 

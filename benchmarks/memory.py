@@ -47,8 +47,8 @@ class Options:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """On a GPU measured, on the CPU estimated."""
     presets: tuple[Name, ...] = ("voc_b4", "coco_b8", *get_args(Standalone), *get_args(Evaluated))
-    batch_sizes: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Without 1 for CoSA-MS, which normalises over the batch."""
+    batch_sizes: tuple[int, ...] = ()
+    """Empty: 1, 2, 4, 8 and 16, of tiny sizes 2 alone. Without 1 for CoSA-MS, which normalises over the batch."""
     accumulate: tuple[int, ...] = (1,)
     """Parts of a batch of CoSA's training; those that do not divide a batch size are left out."""
     variants: tuple[Precision, ...] = ("fp32", "bf16")
@@ -83,7 +83,7 @@ def run(options: Options) -> None:
 
 def _points(options: Options) -> Iterator[tuple[Case, Precision]]:
     for name in options.presets:
-        for batch in options.batch_sizes:
+        for batch in options.batch_sizes or ((2,) if options.tiny else (1, 2, 4, 8, 16)):
             if name in get_args(Standalone) and batch == 1:
                 continue
             for parts in options.accumulate if name in get_args(Training) else (1,):

@@ -124,12 +124,15 @@ def _loaders(rows: Sequence[Row]) -> list[str]:
 
 
 def _inference(rows: Sequence[Row]) -> list[str]:
-    """Time of an image without CRF, of each precision the best batch; CPU time on a CPU, which others may share."""
+    """Time of an image without CRF, of each precision the best batch; CPU time on a CPU, which others may share.
+
+    Release and ours are of one run, the newest.
+    """
     lines = []
     plain = [row for row in rows if row["crf"] == "none" and row["provider"] in ("release", "ours")]
     for (network, views), group in _newest(plain, "network", "views").items():
         times: dict[str, float] = {}
-        for row in group:
+        for row in (row for row in group if row["date"] == group[-1]["date"]):
             time = float(row["cpu_s_per_image"]) if row["device"] == "cpu" else 1 / float(row["images_per_s"])
             way = "release" if row["provider"] == "release" else row["precision"]
             times[way] = min(time, times.get(way, time))

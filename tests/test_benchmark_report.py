@@ -37,6 +37,24 @@ def test_a_table_is_made_from_the_newest_rows(tmp_path: Path) -> None:
     assert report.filled(filled, tmp_path) == filled
 
 
+def test_inference_compares_within_the_newest_run(tmp_path: Path) -> None:
+    """On a shared machine another run of the same day is another machine."""
+    folder = tmp_path / "cpu"
+    folder.mkdir()
+    columns = "date,device,torch,network,views,provider,precision,crf,batch,cpu_s_per_image,images_per_s"
+    row = "2026-11-26T{},cpu,2.14,voc,five,{},{},none,{},{},1"
+    lines = [
+        row.format("10:00", "release", "fp32", 1, 4.0),
+        row.format("10:00", "ours", "fp32", 1, 0.5),
+        row.format("11:00", "release", "fp32", 1, 6.0),
+        row.format("11:00", "ours", "fp32", 1, 3.0),
+        row.format("11:00", "ours", "fp32", 2, 2.0),
+    ]
+    (folder / "fps.csv").write_text("\n".join([columns, *lines]) + "\n")
+    what = "inference, CoSA, 20 classes, five scales with mirror images, fp32"
+    assert f"| {what} | 6 s | 2 s | **3x** | 2026-11-26, torch 2.14 |" in report.summary(folder)
+
+
 def test_what_cannot_be_made_is_said(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="there is no such table"):
         report.filled("<!-- table: prices cpu -->\n<!-- end -->", tmp_path)

@@ -58,6 +58,22 @@ def sigterm_exits() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
+@contextmanager
+def sigterm_later() -> Iterator[None]:
+    """Let SIGTERM take effect after what must not be interrupted.
+
+    In the main thread only.
+    """
+    came = []
+    former = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+        if came:
+            signal.raise_signal(signal.SIGTERM)
+
+
 def require_space(folder: Path, needed: int, purpose: str) -> None:
     """Check for `needed` free bytes before hours of work.
 

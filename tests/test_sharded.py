@@ -143,7 +143,8 @@ def test_a_failing_process_leaves_the_former_store(made: Path, tmp_path: Path) -
     )  # fmt: skip
     assert done.returncode != 0
     message = "cosa-fast pseudo-labels: error: cannot decode"
-    assert [line.startswith(message) for line in done.stderr.splitlines() if message in line] == [True, False]
+    said = [line.startswith(message) for line in done.stderr.splitlines() if message in line]
+    assert said == [True, False], done.stderr
     assert f"traceback : {message}" in done.stderr.split("Root Cause (first observed failure):")[1]
     assert "failed unexpectedly" not in done.stderr
     assert contents(results) == {"store.zarr/former": b"whole"}

@@ -36,7 +36,7 @@ from zarr.codecs import ZstdCodec
 from cosa_fast.data.classes import IGNORED
 from cosa_fast.data.index import Index
 from cosa_fast.distributed import ALONE, World
-from cosa_fast.files import describe_os_error, sigterm_exits
+from cosa_fast.files import describe_os_error, sigterm_exits, sigterm_later
 
 SCHEMA = 2
 ARRAYS = ("labels", "confidence", "segmentation")
@@ -99,29 +99,33 @@ def write_store(
         ValueError: a row has another size than announced, rows are too few or too many, or the disk is full.
     """
     temporary = path.with_name(f".{path.name}.partial")
-    # Whoever fails deletes the folder after its own last write, so the last one deletes it for good. But once a process
-    # is done, the first one may be renaming the folder.
-    deletes = True
-    try:
-        if world.first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _create_group(temporary, info, sizes, shard)
-        world.wait()
-        everything = range(len(info.ids))
-        with sigterm_exits():
+    # Another process than the first one that fails leaves the folder alone: the others write to it, and must not fail
+    # before its own error is told. Whoever torchrun ends then deletes it after its last write.
+    deletes = world.first
+    with sigterm_exits():
+        try:
+            if world.first:
+                shutil.rmtree(temporary, ignore_errors=True)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _create_group(temporary, info, sizes, shard)
+            world.wait()
+            everything = range(len(info.ids))
             _write_rows(temporary, info, sizes, rows, shard, everything if positions is None else positions)
-        deletes = world.first
-        world.wait()
-        if world.first:
-            if path.exists():
-                shutil.rmtree(path)
-            temporary.rename(path)
-    except OSError as error:
-        raise ValueError(describe_os_error(error, path)) from error
-    finally:
-        if deletes:
-            shutil.rmtree(temporary, ignore_errors=True)
+            world.wait()
+            if world.first:
+                with sigterm_later():
+                    if path.exists():
+                        shutil.rmtree(path)
+                    temporary.rename(path)
+        except OSError as error:
+            raise ValueError(describe_os_error(error, path)) from error
+        except SystemExit:
+            deletes = True
+            raise
+        finally:
+            if deletes:
+                with sigterm_later():
+                    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _create_group(path: Path, info: StoreInfo, sizes: Sequence[tuple[int, int]], shard: int) -> None:

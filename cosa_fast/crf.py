@@ -224,7 +224,8 @@ class CrfPool:
         for row, number in enumerate(classes):
             probabilities[row] = item.probabilities[number]
         try:
-            future = self._executor.submit(_work, block.path, item.image.shape, classes, self._parameters)
+            with _ctrl_c_waits():  # a submission starts a worker if none is idle
+                future = self._executor.submit(_work, block.path, item.image.shape, classes, self._parameters)
         except BrokenProcessPool:
             raise _died(item.key) from None
         future.add_done_callback(lambda _: self._free.append(block))
@@ -242,6 +243,19 @@ class CrfPool:
             raise _died(key) from None
         except Exception as error:  # pydensecrf's, or no memory
             raise ValueError(f"dense CRF of {key}: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _ctrl_c_waits() -> Iterator[None]:
+    """Ctrl-C reaches us afterwards, and never what is started meanwhile: the parent answers it for its workers.
+
+    A worker that ignored it by itself would still print a traceback when it came while the worker was importing.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _died(key: str) -> ValueError:
@@ -294,7 +308,6 @@ _mapped: dict[str, mmap.mmap] = {}
 
 
 def _start_worker(lifeline: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to us too, but the parent answers it
     m_trim_threshold, m_mmap_max = -1, -4
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         # Keep freed memory: fresh pages for each image's matrices took a quarter to a half of the time.

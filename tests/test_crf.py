@@ -340,21 +340,27 @@ def test_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.count("| 2 |") == 4
 
 
+# Says "go" when a worker is still importing, or when the first image is done.
 SCRIPT = """
+import time
+if __name__ == "__mp_main__" and {starting}:
+    print("go", flush=True)
+    time.sleep(0.5)
 from test_crf import random_item
 from cosa_fast.crf import CRF_PRESETS, CrfPool
 
 if __name__ == "__main__":
-    with CrfPool(2, CRF_PRESETS["standard"]) as pool:
+    with CrfPool(1 if {starting} else 2, CRF_PRESETS["standard"]) as pool:
         for _ in pool.map(random_item(str(n), 200, 200) for n in range(1000)):
-            print("one", flush=True)
+            print("go", flush=True)
 """
 
 
+@pytest.mark.parametrize("starting", [True, False])
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_no_process_outlives_a_killed_parent(sent: signal.Signals, tmp_path: Path) -> None:
+def test_no_process_outlives_a_killed_parent(sent: signal.Signals, starting: bool, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(SCRIPT.format(starting=starting))
     process = subprocess.Popen(
         [sys.executable, script],
         stdout=subprocess.PIPE,
@@ -366,7 +372,7 @@ def test_no_process_outlives_a_killed_parent(sent: signal.Signals, tmp_path: Pat
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "one\n"
+    assert process.stdout.readline() == "go\n"
     if sent == signal.SIGINT:
         os.killpg(process.pid, sent)  # Ctrl-C goes to the workers too
     else:

@@ -54,12 +54,18 @@ $(BIN)/python:
 	@echo "== creating $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: no venv module; on Debian: apt install python3-venv" >&2; exit 1; }
 
+# pydensecrf2's own build takes a Cython that knows no Python after 3.12.
+DENSE_CRF = $(BIN)/python -c 'import pydensecrf' 2>/dev/null || { $(BIN)/python -m pip install setuptools 'cython>=3' && \
+	$(BIN)/python -m pip install --no-build-isolation pydensecrf2; }
+
 $(VENV)/.pipeline: pyproject.toml | $(BIN)/python
 	@echo "== installing cosa-fast[pipeline] into $(VENV) (several GB; minutes, once)"
 	@$(BIN)/python -m pip install --editable '.[pipeline]'
+	@$(DENSE_CRF)
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
 	@echo "== installing cosa-fast[pipeline,slurm,dev] into $(VENV) (several GB; minutes, once)"
 	@$(BIN)/python -m pip install --editable '.[pipeline,slurm,dev]'
+	@$(DENSE_CRF)
 	@touch $@ $(VENV)/.pipeline

@@ -11,6 +11,7 @@ import mmap
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -69,6 +70,11 @@ class CrfItem:
     """(K, H, W) float32 in [0, 1]. A class that is zero throughout (not in the image's labels) is never chosen."""
 
 
+_INSTALL = "`pip install pydensecrf2`"
+if sys.version_info >= (3, 13):
+    _INSTALL = "`pip install setuptools 'cython>=3'`, then `pip install --no-build-isolation pydensecrf2`"
+
+
 def require_crf() -> None:
     """Check that pydensecrf can be imported, before hours of work.
 
@@ -79,8 +85,7 @@ def require_crf() -> None:
         import pydensecrf.densecrf  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"the dense CRF needs pydensecrf ({error}): `pip install pydensecrf2` (cosa-fast[pipeline] has it), "
-            "or go without (eval.crf: none)"
+            f"the dense CRF needs pydensecrf ({error}): {_INSTALL}, or go without (eval.crf: none)"
         ) from None
 
 

@@ -62,12 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.modules["cosa_fast.distributed"].leave()
         logger.info("%s: finished in %s, %s", chosen.command, _duration(time.perf_counter() - started), _peak_memory())
     except BadFlag as error:
-        _let_the_first_speak()
+        _let_the_cause_speak(error)
         _tell_torchrun(f"{name}: error: {error}")
         logger.error("%s: error: %s\nFor full helptext, run %s --help", name, error, name)
         return 2
     except (ValueError, OSError) as error:
-        _let_the_first_speak()
+        _let_the_cause_speak(error)
         _tell_torchrun(f"{name}: error: {error}")
         logger.error("%s: error: %s", name, error, exc_info=os.environ.get("COSA_FAST_DEBUG") == "1")
         return 1
@@ -90,9 +90,14 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _let_the_first_speak() -> None:
-    """Mostly the first process has the same error to tell; then torchrun ends this one before it repeats it."""
-    if RANK > 0:
+def _let_the_cause_speak(error: Exception) -> None:
+    """Mostly the first process has the same error to tell; then torchrun ends this one before it repeats it.
+
+    So with an error that only follows from another process's, which torchrun could else report as the root cause: it
+    tells apart what happened in different seconds.
+    """
+    distributed = sys.modules.get("cosa_fast.distributed")
+    if RANK > 0 or (distributed is not None and isinstance(error, distributed.OthersGone)):
         time.sleep(3)
 
 

@@ -21,6 +21,10 @@ PATIENCE = datetime.timedelta(hours=2)
 """How long a process waits for the others: the first one alone writes stores and reports."""
 
 
+class OthersGone(ValueError):
+    """Another process of this run has ended: why is for that one to tell."""
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """This process among the others. Every method but `share` must be called by all of them, in the same order."""
@@ -105,7 +109,7 @@ def _together() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise ValueError("another process of this run ended early or hangs: its own message says why") from error
+        raise OthersGone("another process of this run ended early or hangs: its own message says why") from error
 
 
 ALONE = World()

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from cosa_fast import __version__, cli
 from cosa_fast.config import Config, config_from_mapping, to_flags
+from cosa_fast.distributed import OthersGone
 from cosa_fast.stages import STAGES, Stage
 
 COMMANDS = [stage.command for stage in STAGES]
@@ -266,3 +267,19 @@ def test_torchrun_learns_why_a_process_failed(tmp_path: Path, monkeypatch: pytes
     text = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
     assert text.startswith("cosa-fast data masks: error: ")
     assert "none.json" in text
+
+
+@pytest.mark.parametrize(("error", "waits"), [(ValueError("broken"), []), (OthersGone("gone"), [3])])
+def test_what_follows_from_the_error_of_another_process_is_told_late(
+    error: ValueError, waits: list[int], stage_code: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torchrun ends this process in between; of errors within one second it may report the wrong one as the cause."""
+    waited: list[int] = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+
+    def train(*_: object, **__: object) -> None:
+        raise error
+
+    stage_code.train = train  # type: ignore[attr-defined]
+    assert cli.main(TRAIN) == 1
+    assert waited == waits

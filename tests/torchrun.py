@@ -13,4 +13,5 @@ def torchrun(processes: int, *words: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # After the dashes, because torchrun takes our --log for an abbreviation of its own options.
     command += ["--no-python", "--", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    # Against a hang alone: beside two other test runs on two cores test_distributed.py's takes 100 s.
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)

@@ -10,7 +10,6 @@ import ctypes
 import mmap
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -25,6 +24,8 @@ from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cosa_fast.files import ctrl_c_waits
 
 Image = NDArray[np.uint8]
 Labels = NDArray[np.uint8]
@@ -229,7 +230,7 @@ class CrfPool:
         for row, number in enumerate(classes):
             probabilities[row] = item.probabilities[number]
         try:
-            with _ctrl_c_waits():  # a submission starts a worker if none is idle
+            with ctrl_c_waits():  # a submission starts a worker if none is idle
                 future = self._executor.submit(_work, block.path, item.image.shape, classes, self._parameters)
         except BrokenProcessPool:
             raise _died(item.key) from None
@@ -248,19 +249,6 @@ class CrfPool:
             raise _died(key) from None
         except Exception as error:  # pydensecrf's, or no memory
             raise ValueError(f"dense CRF of {key}: {type(error).__name__}: {error}") from error
-
-
-@contextlib.contextmanager
-def _ctrl_c_waits() -> Iterator[None]:
-    """Ctrl-C reaches us afterwards, and never what is started meanwhile: the parent answers it for its workers.
-
-    A worker that ignored it by itself would still print a traceback when it came while the worker was importing.
-    """
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _died(key: str) -> ValueError:

@@ -31,7 +31,7 @@ from cosa_fast.data.coco import annotation_path, class_numbers, id_of, read_inst
 from cosa_fast.data.index import Image, Index
 from cosa_fast.data.verify import raise_problems
 from cosa_fast.data.voc import AUG_MASKS
-from cosa_fast.files import describe_os_error, exclusive, read_json, sha256, write_atomically
+from cosa_fast.files import ctrl_c_waits, describe_os_error, exclusive, read_json, sha256, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -249,7 +249,9 @@ def _render_all(pictures: Sequence[_Picture], folder: str, threads: int) -> None
     context = multiprocessing.get_context("spawn")
     problems = []
     with bar, ProcessPoolExecutor(threads, mp_context=context, initializer=_exit_with_parent) as pool:
-        for problem in pool.map(_render_file, pictures, chunksize=32):
+        with ctrl_c_waits():  # the workers start here
+            found = pool.map(_render_file, pictures, chunksize=32)
+        for problem in found:
             if problem:
                 problems.append(problem)
             bar.update()

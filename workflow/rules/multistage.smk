@@ -16,7 +16,9 @@ rule multistage:
         gpu=GPUS,
         launch=launch,
         process_threads=threads_of_process,
-        machine=f"{to_flags(CONFIG, 'runtime')} {to_flags(CONFIG, 'multistage', rhythm=True)}",
+        machine=" ".join(
+            (to_flags(CONFIG, "runtime"), to_flags(CONFIG, "multistage", rhythm=True))
+        ),
     params:
         resume=RESUME / "segmenter",
         flags=to_flags(CONFIG, "multistage", rhythm=False),

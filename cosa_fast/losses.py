@@ -70,11 +70,10 @@ def normalised_weights(labels: Tensor, weights: Tensor, totals: Tensor, balance:
     groups gets that half. Nothing counts: all are 0.
     """
     counted = torch.where(labels != IGNORED, weights, 0)
+    shares = torch.where(totals > 0, totals.reciprocal(), 0)[..., None, None, None]
     if not balance:
-        share = torch.where(totals > 0, totals.reciprocal(), 0)
-        return counted * share[:, 0, None, None, None]
-    background, foreground = ((totals + 1e-6)[:, group, None, None, None] for group in (0, 1))
-    return 0.5 * counted / torch.where(labels == BACKGROUND, background, foreground)
+        return counted * shares[:, 0]
+    return 0.5 * counted * torch.where(labels == BACKGROUND, shares[:, 0], shares[:, 1])
 
 
 def cam_to_seg_loss(seg: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -142,19 +141,20 @@ def dense_energy_loss(
         chunk: rows of the affinity matrix at a time.
 
     Returns:
-        0-d tensor, at most 0 in value.
+        0-d tensor, at most 0 in value; computed in float32, or in float64 if `seg` has it.
     """
     size = tuple(round(side * scale) for side in images.shape[-2:])
-    small_images = F.interpolate(images.float(), size=size, mode="nearest")
-    probabilities = F.interpolate(seg.float(), size=images.shape[-2:], mode="bilinear", align_corners=False)
+    dtype = torch.promote_types(seg.dtype, torch.float32)
+    small_images = F.interpolate(images.to(dtype), size=size, mode="nearest")
+    probabilities = F.interpolate(seg.to(dtype), size=images.shape[-2:], mode="bilinear", align_corners=False)
     probabilities = F.interpolate(probabilities.softmax(dim=1), size=size, mode="bilinear", align_corners=False)
     small_labels = F.interpolate(labels[:, None].float(), size=size, mode="nearest")[:, 0]
-    ys = (torch.arange(size[0], device=seg.device) + 0.5) / scale
-    xs = (torch.arange(size[1], device=seg.device) + 0.5) / scale
-    box = valid_box[:, :, None].float()
+    ys = (torch.arange(size[0], device=seg.device, dtype=dtype) + 0.5) / scale
+    xs = (torch.arange(size[1], device=seg.device, dtype=dtype) + 0.5) / scale
+    box = valid_box[:, :, None]
     rows = (ys >= box[:, 0]) & (ys < box[:, 1])
     columns = (xs >= box[:, 2]) & (xs < box[:, 3])
-    region = (rows[:, :, None] & columns[:, None, :]).float()
+    region = (rows[:, :, None] & columns[:, None, :]).to(dtype)
     gate = (region - probabilities.detach().amax(dim=1)).clamp(min=0.0)
     gate = torch.where(small_labels == 255, 1.0, gate) * region
     position = torch.stack(torch.meshgrid(ys, xs, indexing="ij"), dim=-1).flatten(0, 1) / sigma_space

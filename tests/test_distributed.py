@@ -20,6 +20,11 @@ from cosa_fast.data.augment import Draws, Plan
 from cosa_fast.distributed import World
 from cosa_fast.training.single_stage import _check_parts
 
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+"""In float64. 8 % of it is needed, by the bias of attention's keys."""
+ROUNDED = {"rtol": 1e-3, "atol": 1e-4}
+"""In float32."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,12 +43,14 @@ def test_two_processes_with_two_images_are_one_with_four(folder: Path, case: str
     assert together.keys() == alone.keys()
     exact = worker.CASES[case][3] == torch.float64
     for name, value in alone.items():
-        tolerance = {"rtol": 1e-6, "atol": 1e-9} if exact else {"rtol": 1e-3, "atol": 1e-4}
+        other, tolerance = together[name], EXACT if exact else ROUNDED
         if not exact and name.endswith("histograms"):
-            tolerance["atol"] = 2  # of some 9,000 confidences a few lie on the edge of a bin
+            # A plateau of one confidence may lie on the edge of a bin, so what is compared is the mean of each batch.
+            assert torch.equal(other.sum(dim=1), value.sum(dim=1))
+            value, other = (counts.float() @ torch.linspace(0, 1, counts.shape[1]) for counts in (value, other))
         if not exact and name.endswith("qkv.bias"):
             continue  # the gradient of a key's bias is 0 but for rounding, which Adam scales up to the learning rate
-        torch.testing.assert_close(together[name], value, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(other, value, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
     losses = alone["curve.loss"]
     assert losses[5:8].mean() < losses[:3].mean()  # there was something to agree on
 
@@ -54,17 +61,17 @@ def test_parts_one_after_the_other_are_the_whole_batch() -> None:
     for one, two in ((whole, parts), (contrasted, halves)):
         assert one.keys() == two.keys()
         for name, value in one.items():
-            torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(two[name], value, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_stages_end_with_the_same_files(folder: Path) -> None:
     worker.stages(folder, folder / "alone")
     names = [sorted(path.name for path in (folder / who).iterdir()) for who in ("alone", "together")]
     assert names[0] == names[1]
-    for name, rtol, atol in (("cosa.safetensors", 1e-3, 1e-4), ("segmenter.safetensors", 1e-6, 1e-9)):
+    for name, tolerance in (("cosa.safetensors", ROUNDED), ("segmenter.safetensors", EXACT)):
         alone, together = (load_file(folder / who / name) for who in ("alone", "together"))
         for key, value in alone.items():
-            torch.testing.assert_close(together[key], value, rtol=rtol, atol=atol, msg=lambda m, n=key: f"{n}: {m}")
+            torch.testing.assert_close(together[key], value, **tolerance, msg=lambda m, n=key: f"{n}: {m}")
     for name in ("cosa.metrics.jsonl", "segmenter.metrics.jsonl", "cosa.validation.jsonl"):
         alone, together = (records(folder / who / name) for who in ("alone", "together"))
         assert len(alone) == len(together) > 0

@@ -55,8 +55,9 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: no venv module; on Debian: apt install python3-venv" >&2; exit 1; }
 
 # pydensecrf2's own build takes a Cython that knows no Python after 3.12.
-DENSE_CRF = $(BIN)/python -c 'import pydensecrf' 2>/dev/null || { $(BIN)/python -m pip install setuptools 'cython>=3' && \
-	$(BIN)/python -m pip install --no-build-isolation pydensecrf2; }
+DENSE_CRF = $(BIN)/python -c 'import pydensecrf.densecrf' 2>/dev/null || { echo "== building pydensecrf2" && \
+	$(BIN)/python -m pip install setuptools 'cython>=3' && $(BIN)/python -m pip install --no-build-isolation pydensecrf2; } || { \
+	echo "error: pydensecrf2 (the dense CRF) was not built: it needs a C++ compiler; on Debian: apt install g++" >&2; exit 1; }
 
 $(VENV)/.pipeline: pyproject.toml | $(BIN)/python
 	@echo "== installing cosa-fast[pipeline] into $(VENV) (several GB; minutes, once)"

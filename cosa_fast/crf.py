@@ -25,7 +25,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cosa_fast.files import ctrl_c_waits
+from cosa_fast.processes import started_deaf_to_ctrl_c
 
 Image = NDArray[np.uint8]
 Labels = NDArray[np.uint8]
@@ -230,7 +230,7 @@ class CrfPool:
         for row, number in enumerate(classes):
             probabilities[row] = item.probabilities[number]
         try:
-            with ctrl_c_waits():  # a submission starts a worker if none is idle
+            with started_deaf_to_ctrl_c():  # a submission starts a worker if none is idle
                 future = self._executor.submit(_work, block.path, item.image.shape, classes, self._parameters)
         except BrokenProcessPool:
             raise _died(item.key) from None

@@ -74,19 +74,6 @@ def sigterm_later() -> Iterator[None]:
             signal.raise_signal(signal.SIGTERM)
 
 
-@contextmanager
-def ctrl_c_waits() -> Iterator[None]:
-    """Ctrl-C reaches us afterwards, and never what is started meanwhile: the parent answers it for its workers.
-
-    A worker that ignored it by itself would still print a traceback when it came while the worker was importing.
-    """
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
-
-
 def require_space(folder: Path, needed: int, purpose: str) -> None:
     """Check for `needed` free bytes before hours of work.
 

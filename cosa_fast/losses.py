@@ -70,10 +70,11 @@ def normalised_weights(labels: Tensor, weights: Tensor, totals: Tensor, balance:
     groups gets that half. Nothing counts: all are 0.
     """
     counted = torch.where(labels != IGNORED, weights, 0)
-    shares = torch.where(totals > 0, totals.reciprocal(), 0)[..., None, None, None]
     if not balance:
-        return counted * shares[:, 0]
-    return 0.5 * counted * torch.where(labels == BACKGROUND, shares[:, 0], shares[:, 1])
+        share = torch.where(totals > 0, totals.reciprocal(), 0)
+        return counted * share[:, 0, None, None, None]
+    totals = torch.where(totals > 0, totals, 1)[..., None, None, None]
+    return 0.5 * counted / torch.where(labels == BACKGROUND, totals[:, 0], totals[:, 1])
 
 
 def cam_to_seg_loss(seg: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

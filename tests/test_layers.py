@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     ["cosa_fast"],  # __version__
     ["cosa_fast.config"],
-    ["cosa_fast.files", "cosa_fast.distributed", "cosa_fast.transfer"],
+    ["cosa_fast.files", "cosa_fast.processes", "cosa_fast.distributed", "cosa_fast.transfer"],
     ["cosa_fast.runtime"],
     ["cosa_fast.data"],
     ["cosa_fast.models"],

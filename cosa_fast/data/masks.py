@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
-import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +27,8 @@ from cosa_fast.data.coco import annotation_path, class_numbers, id_of, read_inst
 from cosa_fast.data.index import Image, Index
 from cosa_fast.data.verify import raise_problems
 from cosa_fast.data.voc import AUG_MASKS
-from cosa_fast.files import ctrl_c_waits, describe_os_error, exclusive, read_json, sha256, write_atomically
+from cosa_fast.files import describe_os_error, exclusive, read_json, sha256, write_atomically
+from cosa_fast.processes import mapped
 
 logger = logging.getLogger(__name__)
 
@@ -244,30 +241,15 @@ def _pictures(source: Path, paths: Mapping[str, Path], wanted: set[str]) -> list
 
 
 def _render_all(pictures: Sequence[_Picture], folder: str, threads: int) -> None:
-    # pycocotools keeps the interpreter lock, hence processes; spawned ones inherit no threads of ours.
+    # pycocotools keeps the interpreter lock, hence processes.
     bar = tqdm(total=len(pictures), desc=f"rendering {folder} masks", unit="mask", disable=None)
-    context = multiprocessing.get_context("spawn")
     problems = []
-    with bar, ProcessPoolExecutor(threads, mp_context=context, initializer=_exit_with_parent) as pool:
-        with ctrl_c_waits():  # the workers start here
-            found = pool.map(_render_file, pictures, chunksize=32)
+    with bar, mapped(_render_file, pictures, threads, chunk=32) as found:
         for problem in found:
             if problem:
                 problems.append(problem)
             bar.update()
     raise_problems(problems, f"the annotations of {folder}", "mend them, or take the images out of the JSON")
-
-
-def _exit_with_parent() -> None:
-    """End this worker when the process that started it is gone; a killed one cannot end its pool."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        multiprocessing.connection.wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _render_file(picture: _Picture) -> str | None:

@@ -1,10 +1,8 @@
 """Write MiniVOC to disk in VOC2012 layout."""
 
 import json
-import multiprocessing
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 from tqdm import tqdm
+
+from cosa_fast.processes import mapped
 
 from .render import render
 from .scenes import CLASSES, COEXISTENCE, sample_scene
@@ -111,10 +111,8 @@ def _run(draw: "partial[None]", tasks: list[tuple[str, int]], workers: int, prog
     if workers == 1:
         _exhaust(bar(map(draw, tasks)))
         return
-    # Spawned processes inherit no threads or locks, which forked ones of a program that uses torch would.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        _exhaust(bar(pool.map(draw, tasks, chunksize=16)))
+    with mapped(draw, tasks, workers, chunk=16) as written:
+        _exhaust(bar(written))
 
 
 def _exhaust(results: Iterable[None]) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import IO, Any, Literal
@@ -207,25 +208,28 @@ class CrfPool:
         Raises:
             ValueError: an item cannot be used, or a worker died; with the item's key.
         """
-        pending: deque[tuple[str, Future[Labels]]] = deque()
+        pending: deque[_InHand] = deque()
         try:
             for item in items:
-                pending.append((item.key, self._submit(item)))
+                pending.append(self._submit(item))
                 if len(pending) >= self._limit:
-                    yield self._result(*pending.popleft())
+                    yield self._result(pending.popleft())
             while pending:
-                yield self._result(*pending.popleft())
+                yield self._result(pending.popleft())
         finally:
-            for _, future in pending:
-                future.cancel()
+            for given_up in pending:
+                given_up.done.cancel()
+                # A worker may be at it.
+                given_up.done.add_done_callback(partial(self._release, given_up.block))
 
-    def _submit(self, item: CrfItem) -> Future[Labels]:
+    def _submit(self, item: CrfItem) -> _InHand:
         try:
             classes = _possible_classes(item.image, item.probabilities)
         except ValueError as error:
             raise ValueError(f"dense CRF of {item.key}: {error}") from None
         block = self._free.popleft() if self._free else self._new_block()
-        image, probabilities = _layout(block.grown_to(_bytes(len(classes), item.image)), len(classes), item.image.shape)
+        memory = block.grown_to(_bytes(len(classes), item.image.shape))
+        image, probabilities, labels = _layout(memory, len(classes), item.image.shape)
         image[:] = item.image
         for row, number in enumerate(classes):
             probabilities[row] = item.probabilities[number]
@@ -234,29 +238,49 @@ class CrfPool:
                 future = self._executor.submit(_work, block.path, item.image.shape, classes, self._parameters)
         except BrokenProcessPool:
             raise _died(item.key) from None
-        future.add_done_callback(lambda _: self._free.append(block))
-        return future
+        return _InHand(item.key, future, block, labels)
+
+    def _release(self, block: _SharedMemory, _: object = None) -> None:
+        self._free.append(block)
 
     def _new_block(self) -> _SharedMemory:
         self._blocks.append(_SharedMemory())
         return self._blocks[-1]
 
-    @staticmethod
-    def _result(key: str, future: Future[Labels]) -> Labels:
-        try:
-            return future.result()
-        except BrokenProcessPool:
-            raise _died(key) from None
-        except Exception as error:  # pydensecrf's, or no memory
-            raise ValueError(f"dense CRF of {key}: {type(error).__name__}: {error}") from error
+    def _result(self, work: _InHand) -> Labels:
+        _wait_for(work.key, work.done)
+        labels = work.labels.copy()
+        self._release(work.block)
+        return labels
+
+
+@dataclass(frozen=True, slots=True)
+class _InHand:
+    """An image that a worker has, or will have."""
+
+    key: str
+    done: Future[None]
+    block: _SharedMemory
+    labels: Labels
+    """Its result, in `block`."""
+
+
+def _wait_for(key: str, done: Future[None]) -> None:
+    try:
+        done.result()
+    except BrokenProcessPool:
+        raise _died(key) from None
+    except Exception as error:  # pydensecrf's, or no memory
+        raise ValueError(f"dense CRF of {key}: {type(error).__name__}: {error}") from error
 
 
 def _died(key: str) -> ValueError:
     return ValueError(f"dense CRF of {key}: a worker process was killed (out of memory?): use fewer threads")
 
 
-# What goes to the workers. Through a pipe that took 90 ms of CPU time for 21 classes at 640x428 pixels and 350 ms for
-# 81, beside 270 and 590 ms for the inference itself with one iteration; this takes 4 and 15 ms.
+# What goes to the workers, and the labels that come back. Through a pipe the former took 90 ms of CPU time for 21
+# classes at 640x428 pixels and 350 ms for 81, beside 270 and 590 ms for the inference itself with one iteration; this
+# takes 4 and 15 ms. And a worker that ends in the middle of writing the latter left us waiting for the rest for ever.
 
 
 class _SharedMemory:
@@ -283,16 +307,17 @@ class _SharedMemory:
         self._file.close()
 
 
-def _bytes(classes: int, image: Image) -> int:
-    return image.size // 3 * (4 * classes + 3)
+def _bytes(classes: int, shape: Sequence[int]) -> int:
+    return shape[0] * shape[1] * (4 * classes + 3 + 1)
 
 
-def _layout(memory: mmap.mmap, classes: int, shape: Sequence[int]) -> tuple[Image, Probabilities]:
-    """Views of an image of this (H, W, 3) shape and of its (classes, H, W) probabilities."""
+def _layout(memory: mmap.mmap, classes: int, shape: Sequence[int]) -> tuple[Image, Probabilities, Labels]:
+    """Views of an image of this (H, W, 3) shape, of its (classes, H, W) probabilities and of its (H, W) labels."""
     pixels = shape[0] * shape[1]
     probabilities = np.frombuffer(memory, np.float32, classes * pixels)
     image = np.frombuffer(memory, np.uint8, 3 * pixels, offset=4 * classes * pixels)
-    return image.reshape(shape), probabilities.reshape(classes, *shape[:2])
+    labels = np.frombuffer(memory, np.uint8, pixels, offset=(4 * classes + 3) * pixels)
+    return image.reshape(shape), probabilities.reshape(classes, *shape[:2]), labels.reshape(shape[:2])
 
 
 # In the workers.
@@ -316,11 +341,10 @@ def _start_worker(lifeline: Connection) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(path: str, shape: tuple[int, int, int], classes: Sequence[int], parameters: CrfParameters) -> Labels:
+def _work(path: str, shape: tuple[int, int, int], classes: Sequence[int], parameters: CrfParameters) -> None:
     memory = _mapped.get(path)
-    size = shape[0] * shape[1] * (4 * len(classes) + 3)
-    if memory is None or len(memory) < size:
+    if memory is None or len(memory) < _bytes(len(classes), shape):
         with open(path, "r+b") as handle:
             memory = _mapped[path] = mmap.mmap(handle.fileno(), 0)
-    image, probabilities = _layout(memory, len(classes), shape)
-    return _infer(image, probabilities, classes, parameters)
+    image, probabilities, labels = _layout(memory, len(classes), shape)
+    labels[:] = _infer(image, probabilities, classes, parameters)

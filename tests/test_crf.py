@@ -22,7 +22,7 @@ from PIL import Image as PilImage
 from tiny_photos import write_photo
 
 from cosa_fast import crf
-from cosa_fast.crf import CRF_PRESETS, CrfItem, CrfParameters, CrfPool, dense_crf, require_crf
+from cosa_fast.crf import CRF_PRESETS, CrfItem, CrfParameters, CrfPool, _wait_for, dense_crf, require_crf
 
 pytest.importorskip("pydensecrf", reason="pydensecrf2 is not installed")
 
@@ -269,6 +269,12 @@ def test_memory_without_memfd(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not path.exists()
 
 
+def test_no_labels_go_through_the_pipe() -> None:
+    """Only a short message is written whole or not at all; half of one, by a worker that ends, stopped us for ever."""
+    with CrfPool(1, STANDARD) as pool:
+        assert pool._submit(random_item("a", 60, 60)).done.result() is None
+
+
 def test_an_exception_in_between_leaves_no_process() -> None:
     items = [random_item(str(number), 200, 200) for number in range(6)]
 
@@ -315,7 +321,7 @@ def test_an_error_in_a_worker_is_reported_with_the_image() -> None:
     failed: Future[np.ndarray] = Future()
     failed.set_exception(MemoryError("bad_alloc"))
     with pytest.raises(ValueError, match=r"^dense CRF of 000000000139: MemoryError: bad_alloc$"):
-        CrfPool._result("000000000139", failed)
+        _wait_for("000000000139", failed)
 
 
 def test_workers_need_no_torch() -> None:
